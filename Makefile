@@ -1,0 +1,41 @@
+# make demo   set up, then run the whole pipeline on the embedded default (CPU, no hub, about ten minutes)
+# make test   set up, then run the tests (offline)
+# make setup  only the virtual environment
+# make check  lint and format check
+#
+# CPU-only machine: make setup TORCH_INDEX=https://download.pytorch.org/whl/cpu   (avoids gigabytes of CUDA packages)
+
+PYTHON ?= python3
+TORCH_INDEX ?=
+VENV := .venv
+READY := $(VENV)/.ready
+PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
+
+.PHONY: demo test setup check format clean-demo
+
+setup: $(READY)
+
+$(READY): requirements.txt requirements-dev.txt requirements.lock
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11 setup")'
+	@test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	@echo "Installing pinned requirements into $(VENV)/ (a few minutes, once) ..."
+	@$(if $(TORCH_INDEX),$(PIP) --index-url $(TORCH_INDEX) -c requirements.lock torch==2.13.0)
+	@$(PIP) -r requirements.txt -r requirements-dev.txt -c requirements.lock
+	@touch $@
+
+demo: $(READY)
+	@PATH="$(CURDIR)/$(VENV)/bin:$$PATH" bash runs/cpu.sh
+
+test: $(READY)
+	@$(VENV)/bin/python -m pytest
+
+check: $(READY)
+	@$(VENV)/bin/ruff check .
+	@$(VENV)/bin/ruff format --check .
+
+format: $(READY)
+	@$(VENV)/bin/ruff check --fix .
+	@$(VENV)/bin/ruff format .
+
+clean-demo:
+	rm -rf demo

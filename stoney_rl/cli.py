@@ -1,0 +1,179 @@
+"""Command lines that behave the same in every stage: flags, ``--config`` YAML, one-line errors, exit codes."""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from stoney_rl.errors import StoneyError
+
+EXIT_BAD_INPUT = 2
+EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
+
+
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Keeps the docstring's line breaks and adds '(default: ...)', but not to flags without one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        if action.default in (None, False, argparse.SUPPRESS) or "default" in (action.help or ""):
+            return action.help or ""
+        return super()._get_help_string(action)
+
+
+def make_parser(doc: str) -> argparse.ArgumentParser:
+    """A parser whose help text is the script's docstring; abbreviated flags are errors."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=_HelpFormatter, allow_abbrev=False)
+    parser.add_argument(
+        "--config", metavar="FILE.yaml", help="YAML file that sets any flag below; the command line wins"
+    )
+    return parser
+
+
+def add_tracking_flags(parser: argparse.ArgumentParser) -> None:
+    """Weights & Biases flags, the same in every stage (see ``tracking.start``)."""
+    group = parser.add_argument_group("tracking (Weights & Biases)")
+    group.add_argument(
+        "--wandb_mode",
+        choices=["online", "offline", "disabled"],
+        help="default: WANDB_MODE; otherwise online if a key is found, else offline",
+    )
+    group.add_argument("--wandb_project", help="default: WANDB_PROJECT, else stoney-rl")
+    group.add_argument("--wandb_entity", help="user or team; default: WANDB_ENTITY, else your account's own")
+    group.add_argument(
+        "--wandb_group", help="groups the runs of one pipeline; default: WANDB_RUN_GROUP, else the parent's"
+    )
+    group.add_argument("--wandb_name", help="run name; default: the output directory's name")
+
+
+def positive_int(text: str) -> int:
+    """argparse type: an integer of at least 1."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected an integer of at least 1, got {text}")
+    return value
+
+
+def non_negative_int(text: str) -> int:
+    """argparse type: an integer of at least 0."""
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"expected an integer of at least 0, got {text}")
+    return value
+
+
+def positive_float(text: str) -> float:
+    """argparse type: a finite number above 0."""
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"expected a number above 0, got {text}")
+    return value
+
+
+def fraction(text: str) -> float:
+    """argparse type: a number from 0 to 1."""
+    value = float(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"expected a number from 0 to 1, got {text}")
+    return value
+
+
+def parse_args(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> argparse.Namespace:
+    """Parse ``argv`` with ``--config`` applied underneath it.
+
+    The YAML's keys become flags in front of the command line, so each value passes the same type check and a
+    flag given on the command line wins. Unknown keys and values of the wrong shape end the program with code 2.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    finder.add_argument("--config")
+    config_path = finder.parse_known_args(argv)[0].config
+    if config_path is None:
+        return parser.parse_args(argv)
+    flags = {action.dest: action for action in parser._actions if action.option_strings}
+    given = {token.split("=", 1)[0] for token in argv if token.startswith("--")}
+    tokens: list[str] = []
+    for key, value in _read_yaml(parser, config_path).items():
+        action = flags.get(str(key))
+        if action is None or key in ("config", "help"):
+            near = _nearest(str(key), [name for name in flags if name not in ("config", "help")])
+            parser.error(f"{config_path}: unknown key {key!r}{near}; keys are the flags of --help without the dashes")
+        if given.isdisjoint(action.option_strings):
+            tokens += _as_tokens(parser, config_path, action, value)
+    return parser.parse_args(tokens + argv)
+
+
+def _read_yaml(parser: argparse.ArgumentParser, path: str) -> dict:
+    import yaml
+
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        parser.error(f"--config {path}: {error.strerror}")
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        parser.error(f"--config {path}: not valid YAML: {' '.join(str(error).split())}")
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        parser.error(f"--config {path}: expected 'flag: value' lines, found a {type(content).__name__}")
+    return content
+
+
+def _as_tokens(parser: argparse.ArgumentParser, path: str, action: argparse.Action, value: object) -> list[str]:
+    flag = action.option_strings[0]
+    if value is None:
+        return []
+    if isinstance(action, argparse.BooleanOptionalAction | argparse._StoreTrueAction):
+        if not isinstance(value, bool):
+            parser.error(f"{path}: {action.dest}: expected true or false, got {value!r}")
+        if value:
+            return [flag]
+        return [action.option_strings[1]] if isinstance(action, argparse.BooleanOptionalAction) else []
+    many = action.nargs in ("+", "*") or isinstance(action, argparse._AppendAction)
+    if isinstance(value, dict | bool) or (isinstance(value, list) and not many):
+        parser.error(f"{path}: {action.dest}: expected one value, got {value!r}")
+    values = [str(item) for item in value] if isinstance(value, list) else [str(value)]
+    if action.nargs in ("+", "*"):
+        return [flag, *values]
+    return [f"{flag}={item}" for item in values]
+
+
+def _nearest(name: str, names: list[str]) -> str:
+    import difflib
+
+    close = difflib.get_close_matches(name, names, n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+class Problems:
+    """Collects everything that is wrong with the arguments, so that a user hears of all of it at once."""
+
+    def __init__(self) -> None:
+        self.messages: list[str] = []
+
+    def add(self, message: str) -> None:
+        self.messages.append(message)
+
+    def raise_if_any(self) -> None:
+        """Raise ``StoneyError`` with every collected problem, one a line."""
+        if self.messages:
+            raise StoneyError("\n".join(self.messages))
+
+
+def run(main: Callable[[], int | None]) -> None:
+    """Run a script's ``main`` as the process: one line for bad input, no traceback, exit code 2."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    name = Path(sys.argv[0]).name
+    try:
+        code = main()
+    except StoneyError as error:
+        for line in str(error).splitlines():
+            print(f"{name}: error: {line}", file=sys.stderr)
+        code = EXIT_BAD_INPUT
+    except KeyboardInterrupt:
+        print(f"\n{name}: interrupted", file=sys.stderr)
+        code = EXIT_INTERRUPTED
+    except BrokenPipeError:  # the reader of our output, such as `head`, has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
+    sys.exit(code)
