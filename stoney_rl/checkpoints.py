@@ -1,0 +1,204 @@
+"""The checkpoint directory: complete in itself, written whole or not at all, and traceable to its parent.
+
+A directory with its final name is whole: it is written beside it under a temporary name and renamed. ``stage.json``
+says how it was made; ``fingerprint`` says which function the weights compute.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from stoney_rl.errors import StoneyError
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+
+STAGE_FILE = "stage.json"
+# Two fp32 computations of the same function differ by rounding alone: merged and adapter logits stay within this.
+LOGIT_TOLERANCE = 1e-5
+_PROBE_SHAPE = (4, 16)
+_SAMPLE_SIZE = 256
+_VERSIONED = ("torch", "transformers", "peft", "trl", "datasets", "accelerate", "sacrebleu", "wandb")
+
+
+@contextlib.contextmanager
+def staged(final: Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """Yield an empty directory beside ``final``; on success it becomes ``final``, on any failure it disappears.
+
+    Raises ``StoneyError`` if ``final`` exists and ``overwrite`` is false. A kill leaves at most a hidden
+    ``.<name>.tmp-<pid>``, which the next call removes.
+    """
+    final = Path(final)
+    if final.exists() and not overwrite:
+        raise StoneyError(f"{final} exists already: choose another directory or pass --overwrite")
+    try:
+        final.parent.mkdir(parents=True, exist_ok=True)
+        for stale in final.parent.glob(f".{final.name}.tmp-*"):
+            shutil.rmtree(stale)
+        work = final.parent / f".{final.name}.tmp-{os.getpid()}"
+        work.mkdir()
+    except OSError as error:
+        raise StoneyError(f"{final}: cannot write there ({error.strerror}); choose another directory") from error
+    try:
+        yield work
+        publish(work, final)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def publish(work: Path, final: Path) -> None:
+    """Give the finished directory ``work`` its final name, in place of an older directory if there is one."""
+    replaced = final.parent / f".{final.name}.tmp-old"
+    if final.exists():
+        os.rename(final, replaced)
+    os.rename(work, final)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def write_json(path: Path, content: object) -> None:
+    """Write JSON so that a reader sees the old file or the new one, never half of one."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    temporary.write_text(json.dumps(content, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def describe_stage(stage: str, *, arguments: dict, seed: int | None = None, **fields: object) -> dict:
+    """The content of ``stage.json``: what was run, with what, on what. ``fields``: parent, base_model, data, ..."""
+    return {
+        "stage": stage,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "arguments": arguments,
+        "seed": seed,
+        "versions": {"python": sys.version.split()[0]} | {name: metadata.version(name) for name in _VERSIONED},
+        "git_commit": _git_commit(),
+        **fields,
+    }
+
+
+def _git_commit() -> str | None:
+    root = Path(__file__).resolve().parent.parent
+    try:
+        done = subprocess.run(["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def read_stage(directory: Path) -> dict | None:
+    """The directory's ``stage.json``, or None for a checkpoint that this pipeline did not make.
+
+    Raises ``StoneyError`` if the file is there but is not a JSON object.
+    """
+    path = Path(directory) / STAGE_FILE
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise StoneyError(f"{path}: not readable as JSON ({error}); make the checkpoint again") from error
+    if not isinstance(content, dict):
+        raise StoneyError(
+            f"{path}: expected a JSON object, found a {type(content).__name__}; make the checkpoint again"
+        )
+    return content
+
+
+def lineage(directory: Path) -> list[str]:
+    """One line for each ancestor that still exists, youngest first: stage, path, data, fingerprint."""
+    lines: list[str] = []
+    seen: set[Path] = set()
+    current: Path | None = Path(directory)
+    while current is not None and current.resolve() not in seen:
+        seen.add(current.resolve())
+        stage = read_stage(current) if current.is_dir() else None
+        if stage is None:
+            lines.append(f"{current} (not made by this pipeline)" if current.is_dir() else str(current))
+            break
+        parts = [f"{current}: {stage['stage']}"]
+        if stage.get("data"):
+            parts.append(f"data {stage['data']['source']} ({stage['data']['sha256'][:8]})")
+        if stage.get("fingerprint"):
+            parts.append(f"logits {stage['fingerprint']['sha256'][:8]}")
+        lines.append(", ".join(parts))
+        parent = (stage.get("parent") or {}).get("path")
+        current = Path(parent) if parent else None
+    return lines
+
+
+def probe_input_ids(vocab_size: int) -> "torch.Tensor":
+    """The fixed probe batch, int64 [4, 16]: token ids spread over the vocabulary, the same for every tokenizer."""
+    import torch
+
+    rows, columns = _PROBE_SHAPE
+    index = torch.arange(rows * columns, dtype=torch.int64)
+    return (index * 7919 + 13).remainder(vocab_size).view(rows, columns)  # 7919 is prime: no short cycles
+
+
+def probe_logits(model: "PreTrainedModel") -> "torch.Tensor":
+    """Logits of ``model`` on the probe batch, float32 on the CPU, [4, 16, vocabulary]. Leaves the model as it was."""
+    import torch
+
+    was_training = model.training
+    model.eval()
+    ids = probe_input_ids(model.config.get_text_config().vocab_size).to(model.device)
+    try:
+        with torch.no_grad(), torch.autocast(ids.device.type, enabled=False):
+            return model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits.float().cpu()
+    finally:
+        model.train(was_training)
+
+
+def fingerprint(model: "PreTrainedModel") -> dict:
+    """What the weights compute: a hash of the probe logits, and 256 of them for a comparison with a tolerance.
+
+    ``sha256`` is bit-exact, so it identifies weights on one machine and library version; ``sample`` (float32 values at
+    fixed positions) compares them anywhere.
+    """
+    logits = probe_logits(model)
+    flat = logits.flatten()
+    step = max(1, flat.numel() // _SAMPLE_SIZE)
+    return {
+        "sha256": hashlib.sha256(logits.numpy().tobytes()).hexdigest(),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "sample": flat[::step][:_SAMPLE_SIZE].tolist(),
+    }
+
+
+def logit_difference(a: dict, b: dict) -> float:
+    """Largest absolute difference of two fingerprints' sampled logits; infinite if their vocabularies differ."""
+    if len(a["sample"]) != len(b["sample"]):
+        return float("inf")
+    return max(abs(x - y) for x, y in zip(a["sample"], b["sample"], strict=True))
+
+
+def check_fingerprint(directory: Path, model: "PreTrainedModel") -> dict:
+    """Prove that ``model`` computes what ``directory``'s ``stage.json`` recorded; return the fresh fingerprint.
+
+    Compared only in the dtype it was recorded in. Raises ``StoneyError`` on a difference above rounding: the weights
+    were changed, or an adapter was put on the wrong base.
+    """
+    fresh = fingerprint(model)
+    recorded = (read_stage(directory) or {}).get("fingerprint")
+    if recorded and recorded["dtype"] == fresh["dtype"] == "float32":
+        scale = max(1.0, max(abs(value) for value in recorded["sample"]))
+        difference = logit_difference(recorded, fresh)
+        # A hundred times the rounding of one machine: other BLAS libraries sum in another order.
+        if difference > 100 * LOGIT_TOLERANCE * scale:
+            raise StoneyError(
+                f"{directory}: its logits differ by {difference:.2g} from those recorded when it was saved; "
+                "its weights or its base model were changed: make the checkpoint again"
+            )
+    return fresh

@@ -1,0 +1,635 @@
+"""Data files to records: which files a folder or archive holds, and what each line, element or row of them says.
+
+A record that can't be read carries its reason and costs nothing else. What costs a whole file (permissions, a corrupt
+archive, an unknown header) is an error: one of ``file_errors()``, or StoneyError where there is more to say.
+"""
+
+import csv
+import io
+import json
+import os
+import re
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from stoney_rl.errors import StoneyError
+
+DATA_EXTENSIONS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
+COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
+ROW_LIMIT = 10 * 2**20  # characters; a longer row is set aside
+FILE_LIMIT = 2 * 2**30  # bytes after decompression, for what must be held whole: .json and compressed .parquet
+DEPTH_LIMIT = 50  # levels of nesting; Python's own JSON encoder gives up at a depth that varies
+
+# Known columns, in the order in which they are looked for.
+SCHEMAS = (
+    ("messages",),
+    ("question", "answer"),
+    ("prompt", "completion"),
+    ("prompt", "response"),
+    ("instruction", "output"),
+)
+SCHEMA_KEYS = frozenset(key for keys in SCHEMAS for key in keys)
+OWN_KEYS = frozenset(("id", "source", "prompt", "completion", "lexemes", "metadata"))  # Row.to_dict
+WANTED = "question/answer, prompt/completion, prompt/response, instruction/output or messages"
+
+# Files that stages, exporters and trainers write next to data, and that hold no rows.
+NOT_ROWS = frozenset(
+    (
+        "stage.json",
+        "certificate.json",
+        "lexicon.jsonl",
+        "quarantine.jsonl",
+        "report.json",
+        "results.json",
+        "predictions.jsonl",
+        "dataset_info.json",
+        "dataset_infos.json",
+        "dataset_dict.json",
+        "state.json",
+    )
+)
+# The words that mark a file as one split, as the hub has them: train-00000-of-00001.parquet, valid.jsonl, dev/a.csv.
+SPLIT_WORDS = {
+    "train": "train",
+    "training": "train",
+    "validation": "validation",
+    "valid": "validation",
+    "val": "validation",
+    "dev": "validation",
+    "test": "test",
+    "testing": "test",
+}
+_CONTAINER_KEYS = frozenset(("data", "rows", "examples", *SPLIT_WORDS))
+TOO_LONG = f"too long: a row of more than {ROW_LIMIT} characters"
+TOO_DEEP = f"nested too deeply: more than {DEPTH_LIMIT} levels"
+
+_UNDECODED = re.compile("[\udc80-\udcff]")  # what errors="surrogateescape" makes of bytes that are not UTF-8
+_DECODER = json.JSONDecoder()
+_BLANK = re.compile(r"\s*")
+_BLANK_OR_COMMA = re.compile(r"[\s,]*")
+
+
+@dataclass(slots=True)
+class Record:
+    """One row as read: ``value``, or the ``problem`` for which there is none.
+
+    line: where the row begins, 1-based; the row's number for parquet. text: how it was written, or a function that
+    says so. split: the split that a .json file's own structure names.
+    """
+
+    line: int
+    value: object
+    text: str | Callable[[], str]
+    problem: str | None = None
+    split: str | None = None
+
+
+@dataclass(frozen=True)
+class DataFile:
+    """One readable file: ``name`` as shown, ``kind`` its data extension, ``open`` gives its decompressed bytes."""
+
+    name: str
+    path: Path
+    kind: str
+    split: str | None
+    open: Callable[[], io.BufferedIOBase]
+
+
+def printable(text: object) -> str:
+    """``text`` fit for a one-line message: no control characters, nothing that UTF-8 can't hold."""
+    return "".join(char if char.isprintable() else "\ufffd" for char in str(text))
+
+
+def plain(error: BaseException) -> str:
+    """An exception as part of one line, without the path, which the caller names."""
+    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return printable(" ".join(text.split()))[:200] or type(error).__name__
+
+
+def file_errors() -> tuple[type[Exception], ...]:
+    """What opening or reading a damaged file raises."""
+    import lzma
+    import zipfile
+
+    return OSError, EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile
+
+
+def name_parts(name: str) -> tuple[str, str, str]:
+    """(stem, data extension, compression) of a file name: 'rows.jsonl.gz' is ('rows', '.jsonl', '.gz')."""
+    lower = name.lower()
+    compression = next((extension for extension in COMPRESSIONS if lower.endswith(extension)), "")
+    stem = name[: len(name) - len(compression)]
+    kind = next((extension for extension in DATA_EXTENSIONS if stem.lower().endswith(extension)), "")
+    return stem[: len(stem) - len(kind)], kind, compression
+
+
+def is_data_name(name: str) -> bool:
+    """Whether a file of this name can hold rows."""
+    return bool(name_parts(name)[1]) or name.lower().endswith(".zip")
+
+
+def split_of(name: str) -> str | None:
+    """The split that a relative path names; the file's own name counts before its folders'."""
+    for part in reversed(name.split("/")):
+        named = {SPLIT_WORDS[word] for word in re.findall("[a-z]+", part.lower()) if word in SPLIT_WORDS}
+        if len(named) == 1:
+            return named.pop()
+    return None
+
+
+def files_at(path: Path, name: str) -> Iterator[DataFile]:
+    """The data file at ``path``, shown as ``name``, or for a .zip each data file in it."""
+    if path.exists() and not path.is_file():
+        raise StoneyError(f"{name} is not a regular file; copy its contents into one")
+    if name.lower().endswith(".zip"):
+        yield from _zip_members(path, name)
+        return
+    _, kind, compression = name_parts(path.name)
+    yield DataFile(name, path, kind, split_of(name), lambda: _decompressed(path.open("rb"), compression))
+
+
+def files_in(folder: Path) -> Iterator[DataFile]:
+    """The data files below ``folder``, sorted by path. Hidden ones and NOT_ROWS are left out; links are followed."""
+    paths, seen = [], set()
+
+    def stop(error: OSError) -> None:
+        raise StoneyError(f"{printable(error.filename)} can't be read: {plain(error)}; check its permissions")
+
+    for root, folders, names in os.walk(folder, followlinks=True, onerror=stop):
+        real = os.path.realpath(root)
+        if real in seen:  # a link to a folder above, or a second link
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = [name for name in folders if not name.startswith((".", "__MACOSX"))]
+        paths += [
+            Path(root, name)
+            for name in names
+            if not name.startswith(".") and name not in NOT_ROWS and is_data_name(name)
+        ]
+    named = sorted((path.relative_to(folder).as_posix(), path) for path in paths)
+    for name, path in named:
+        yield from files_at(path, printable(name))
+
+
+def _zip_members(path: Path, name: str) -> Iterator[DataFile]:
+    import struct
+    import zipfile
+
+    broken = (zipfile.BadZipFile, OSError, EOFError, ValueError, NotImplementedError, RuntimeError, struct.error)
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members = sorted(archive.infolist(), key=lambda member: member.filename)
+    except broken as error:
+        raise StoneyError(f"{name} can't be read as a zip archive: {plain(error)}; check that it is whole") from None
+
+    def opener(member: zipfile.ZipInfo, compression: str) -> Callable[[], io.BufferedIOBase]:
+        def opened() -> io.BufferedIOBase:
+            try:
+                with zipfile.ZipFile(path) as archive:  # the member keeps the file open for as long as it needs it
+                    raw = archive.open(member)
+            except broken as error:
+                raise OSError(plain(error)) from None
+            return _decompressed(raw, compression)
+
+        return opened
+
+    found = False
+    for member in members:
+        parts = member.filename.split("/")
+        _, kind, compression = name_parts(parts[-1])
+        if not kind or parts[-1] in NOT_ROWS or any(part.startswith((".", "__MACOSX")) for part in parts):
+            continue
+        inside = printable(f"{name}/{member.filename}")
+        if member.flag_bits & 1:
+            raise StoneyError(f"{inside} is encrypted; unpack the archive and give the folder")
+        found = True
+        yield DataFile(inside, path, kind, split_of(member.filename) or split_of(name), opener(member, compression))
+    if not found:
+        raise StoneyError(f"{name} holds no data file; expected one of {' '.join(DATA_EXTENSIONS)} inside")
+
+
+class _ZstdStream(io.RawIOBase):
+    """Decompressed bytes of a .zst file. zstandard's own reader takes a truncated file for a short one."""
+
+    def __init__(self, raw: io.BufferedIOBase):
+        import zstandard
+
+        self._raw, self._new, self._error = raw, zstandard.ZstdDecompressor().decompressobj, zstandard.ZstdError
+        self._frame, self._inside = self._new(), False
+        self._input = self._output = b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer) -> int:
+        while not self._output:
+            # Small steps: one compressed byte can stand for tens of thousands.
+            data = self._input or self._raw.read(2048)
+            if not data:
+                if self._inside:
+                    raise EOFError("the compressed data ends before its end marker")
+                return 0
+            try:
+                self._output = self._frame.decompress(data)
+            except self._error as error:
+                raise OSError(str(error)) from None
+            self._input, self._inside = self._frame.unused_data, not self._frame.eof
+            if self._frame.eof:
+                self._frame = self._new()
+        count = min(len(buffer), len(self._output))
+        buffer[:count], self._output = self._output[:count], self._output[count:]
+        return count
+
+    def close(self) -> None:
+        self._raw.close()
+        super().close()
+
+
+def _decompressed(raw: io.BufferedIOBase, compression: str) -> io.BufferedIOBase:
+    if compression == ".gz":
+        import gzip
+
+        return gzip.GzipFile(fileobj=raw)
+    if compression == ".bz2":
+        import bz2
+
+        return bz2.BZ2File(raw)
+    if compression == ".xz":
+        import lzma
+
+        return lzma.LZMAFile(raw)
+    if compression == ".zst":
+        try:
+            return io.BufferedReader(_ZstdStream(raw))
+        except ImportError:
+            raise StoneyError("reading .zst needs the package zstandard: pip install zstandard==0.25.0") from None
+    return raw
+
+
+def _encoding(head: bytes) -> str:
+    """A file's encoding from its first bytes: a byte order mark, else where its zero bytes fall, else UTF-8."""
+    for mark, encoding in (
+        (b"\xef\xbb\xbf", "utf-8-sig"),
+        (b"\xff\xfe\x00\x00", "utf-32"),
+        (b"\x00\x00\xfe\xff", "utf-32"),
+        (b"\xff\xfe", "utf-16"),
+        (b"\xfe\xff", "utf-16"),
+    ):
+        if head.startswith(mark):
+            return encoding
+    # Without a mark: rows start with ASCII ('{', '[', a header), whose other bytes are zero (RFC 4627, section 3).
+    for pattern, encoding in (
+        (rb"[^\0]\0\0\0[^\0]\0\0\0", "utf-32-le"),
+        (rb"\0\0\0[^\0]\0\0\0[^\0]", "utf-32-be"),
+        (rb"[^\0]\0[^\0]\0[^\0]\0", "utf-16-le"),
+        (rb"\0[^\0]\0[^\0]\0[^\0]", "utf-16-be"),
+    ):
+        if re.match(pattern, head):
+            return encoding
+    return "utf-8"
+
+
+def _open_text(file: DataFile, universal: bool = False) -> tuple[io.TextIOWrapper, str]:
+    """``file`` as text, and what ends its lines: ``\\n``, or ``\\r`` in a file that has no other.
+
+    Bytes that are not UTF-8 become lone surrogates, so that one bad line does not cost the file. With ``universal``
+    all line ends are read as ``\\n``.
+    """
+    with file.open() as stream:
+        head = stream.read(1 << 16)
+    for magic, what in ((b"PAR1", "a parquet file"), (b"\x1f\x8b", "gzip data"), (b"PK\x03\x04", "a zip archive")):
+        if head.startswith(magic):
+            raise StoneyError(f"{file.name} holds {what}; give it the extension that says so")
+    encoding = _encoding(head)
+    utf8 = encoding.startswith("utf-8")
+    end = "\r" if utf8 and b"\r" in head and b"\n" not in head else "\n"
+    errors = "surrogateescape" if utf8 else "replace"
+    stream = io.TextIOWrapper(file.open(), encoding=encoding, errors=errors, newline=None if universal else end)
+    return stream, end
+
+
+def _lines(stream: io.TextIOWrapper, end: str) -> Iterator[tuple[int, str, bool]]:
+    """(line number, text, too long) of each line; of one over ROW_LIMIT only the start is kept."""
+    number = 0
+    while text := stream.readline(ROW_LIMIT + 1):
+        number += 1
+        long = len(text) > ROW_LIMIT and not text.endswith(end)
+        if long:
+            text = text[:200]
+            while (more := stream.readline(1 << 20)) and not more.endswith(end):
+                pass
+        yield number, text, long
+
+
+def _not_utf8(text: str) -> str | None:
+    """The reason, if ``text`` holds bytes that were not UTF-8."""
+    found = None if text.isascii() else _UNDECODED.search(text)
+    if found is None:
+        return None
+    return f"not valid UTF-8: byte 0x{ord(found[0]) - 0xDC00:02x} at character {found.start() + 1}"
+
+
+def _json_problem(error: Exception, text: str, start: int = 0) -> str:
+    """The reason for an error that decoding JSON from ``start`` of ``text`` raised."""
+    if isinstance(error, RecursionError):
+        return TOO_DEEP
+    if not isinstance(error, json.JSONDecodeError):
+        return f"not valid JSON: {plain(error)}"
+    if error.msg.startswith("Unterminated string") or not text[error.pos :].strip():
+        return "truncated JSON: the text ends inside a value"
+    return f"not valid JSON: {error.msg} at character {error.pos - start + 1}"
+
+
+def _json_record(line: int, text: str) -> Record:
+    """The record of one JSON value written as ``text``, which may end in a comma."""
+    text = text.strip().lstrip("\ufeff")
+    problem = _not_utf8(text)
+    if "\x00" in text:
+        problem = f"NUL character: at character {text.index(chr(0)) + 1}"
+    if problem:
+        return Record(line, None, text, problem)
+    try:
+        value, end = _DECODER.raw_decode(text)
+    except (ValueError, RecursionError) as error:
+        return Record(line, None, text, _json_problem(error, text))
+    if end < len(text) and text[end:].strip() not in ("", ","):
+        return Record(line, None, text, f"not valid JSON: more text after the value, at character {end + 1}")
+    return Record(line, value, text)
+
+
+def _read_jsonl(file: DataFile) -> Iterator[Record]:
+    stream, end = _open_text(file)
+    with stream:
+        for number, text, long in _lines(stream, end):
+            if long:
+                yield Record(number, None, text, TOO_LONG)
+            elif not text.isspace():
+                yield _json_record(number, text)
+
+
+class _LineCount:
+    """Line numbers of rising positions in a text."""
+
+    def __init__(self, text: str):
+        self._text, self._at, self._line = text, 0, 1
+
+    def __call__(self, position: int) -> int:
+        self._line += self._text.count("\n", self._at, position)
+        self._at = position
+        return self._line
+
+
+def _read_json(file: DataFile) -> Iterator[Record]:
+    """An array of rows, an object that holds such arrays (``data``, ``train``, ...), one row, or in fact JSON lines."""
+    stream, _ = _open_text(file, universal=True)
+    with stream:
+        text = stream.read(FILE_LIMIT + 1)
+    if len(text) > FILE_LIMIT:
+        raise StoneyError(f"{file.name} is too large to be read as one JSON value; write it as JSON lines (.jsonl)")
+    start = _BLANK.match(text).end()
+    if start == len(text):
+        return
+    line_end = text.find("\n", start)
+    first = text[start : line_end if line_end >= 0 else None].rstrip()
+    several = line_end >= 0 and not text[line_end:].isspace()
+    if several and not first.endswith(",") and _json_record(1, first).problem is None:
+        in_lines = True
+    elif text[start] == "[":
+        in_lines = False
+        yield from _array(text, start + 1, _LineCount(text))
+    elif text[start] == "{":
+        in_lines = yield from _object(text, start)
+    else:
+        in_lines = True
+    if in_lines:
+        del text
+        yield from _read_jsonl(file)
+
+
+def _object(text: str, start: int) -> Iterator[Record]:
+    """The rows of a text that starts with '{': those in its arrays, else the object itself and any that follow it.
+
+    Returns True, and yields nothing, if there is no whole JSON object: the text may be JSON lines, the first one bad.
+    """
+    lines, position, held = _LineCount(text), start + 1, False
+    try:
+        while True:
+            position = _BLANK_OR_COMMA.match(text, position).end()
+            if text.startswith("}", position):
+                break
+            key, position = _DECODER.raw_decode(text, position)
+            position = _BLANK.match(text, position).end()
+            if not isinstance(key, str) or not text.startswith(":", position):
+                raise ValueError(f"expected a key and a colon at character {position + 1}")
+            position = _BLANK.match(text, position + 1).end()
+            if key.lower() in _CONTAINER_KEYS and text.startswith("[", position):
+                held = True
+                position = yield from _array(text, position + 1, lines, SPLIT_WORDS.get(key.lower()))
+                if position == len(text):  # it was cut off, and said so
+                    return False
+            else:
+                _, position = _DECODER.raw_decode(text, position)
+    except (ValueError, RecursionError) as error:
+        if not held:
+            return True
+        yield Record(lines(position), None, text[position : position + 200], _json_problem(error, text, start))
+        return False
+    if not held:
+        yield from _array(text, start, lines, closed=False)
+    elif text[position + 1 :].strip():
+        reason = "not valid JSON: more text after the object that holds the rows"
+        yield Record(lines(position + 1), None, text[position + 1 : position + 201], reason)
+    return False
+
+
+def _array(
+    text: str, position: int, lines: _LineCount, split: str | None = None, closed: bool = True
+) -> Iterator[Record]:
+    """The values from ``position`` to the closing bracket, or without one to the end; returns where they end.
+
+    After a value that can't be read it goes on at the next line that starts as the value's own line did.
+    """
+    while True:
+        position = _BLANK_OR_COMMA.match(text, position).end()
+        if position >= len(text):
+            if closed:
+                yield Record(lines(position), None, text[-200:], "truncated JSON: the array is not closed", split)
+            return position
+        if closed and text[position] == "]":
+            return position + 1
+        try:
+            value, end = _DECODER.raw_decode(text, position)
+        except (ValueError, RecursionError) as error:
+            indent = text[text.rfind("\n", 0, position) + 1 : position]
+            end = text.find("\n" + (indent if not indent.strip() else "") + "{", position)
+            reason = _json_problem(error, text, position)
+            if end < 0 and not reason.startswith("truncated"):
+                reason += "; the rest of the file is not read"
+            yield Record(lines(position), None, text[position : position + 200], reason, split)
+            if end < 0:
+                return len(text)
+        else:
+            written = text[position:end]
+            problem = TOO_LONG if len(written) > ROW_LIMIT else _not_utf8(written)
+            yield Record(lines(position), None if problem else value, written, problem, split)
+        position = end
+
+
+class _CsvLines:
+    """The lines of a CSV file for csv.reader, with the power to give a record's lines back."""
+
+    def __init__(self, stream: io.TextIOWrapper, end: str):
+        self._lines, self._waiting = _lines(stream, end), []
+        self.begin()
+
+    def __iter__(self) -> "_CsvLines":
+        return self
+
+    def __next__(self) -> str:
+        if self.size > ROW_LIMIT:  # a quote that is never closed would take the rest of the file
+            raise csv.Error("unexpected end of data")
+        line = self._waiting.pop() if self._waiting else next(self._lines)
+        self.taken.append(line)
+        self.size += len(line[1])
+        return line[1]
+
+    def begin(self) -> None:
+        """Start a record."""
+        self.taken: list[tuple[int, str, bool]] = []
+        self.size = 0
+
+    def give_back(self) -> None:
+        """Give back the record's lines but its first."""
+        self._waiting.extend(reversed(self.taken[1:]))
+
+
+def _read_csv(file: DataFile) -> Iterator[Record]:
+    """Rows under a header. ``line`` is where a record begins; a bad record costs its first line, not those after it."""
+    stream, end = _open_text(file)
+    limit = csv.field_size_limit(2 * ROW_LIMIT)  # the limit is on whole rows, below
+    try:
+        with stream:
+            yield from _csv_records(file, _CsvLines(stream, end))
+    finally:
+        csv.field_size_limit(limit)
+
+
+def _csv_records(file: DataFile, lines: _CsvLines) -> Iterator[Record]:
+    first = next((text for text in lines if text.strip()), None)
+    if first is None:
+        return
+    header, delimiter = _csv_header(file, first)
+    reader = csv.reader(lines, delimiter=delimiter, strict=True)
+    while True:
+        lines.begin()
+        problem = None
+        try:
+            cells = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            lines.give_back()
+            what = "a quote is not closed" if "unexpected end" in str(error) else plain(error)
+            problem = f"not valid CSV: {what}"
+            del lines.taken[1:]
+            # Tab-separated files are often written without quoting, and a cell may then start with a quotation mark.
+            cells = lines.taken[0][1].rstrip("\r\n").split("\t")
+            if delimiter == "\t" and len(cells) == len(header):
+                problem = None
+        number, text, long = lines.taken[0]
+        if problem is None and not any(cell.strip() for cell in cells):
+            continue
+        if long or lines.size > ROW_LIMIT:
+            problem = TOO_LONG
+        text = "".join(line[1] for line in lines.taken)
+        problem = problem or _not_utf8(text)
+        if problem is None and len(cells) != len(header):
+            problem = f"ragged row: {len(cells)} cells under a header of {len(header)}"
+        yield Record(number, None if problem else dict(zip(header, cells, strict=True)), text, problem)
+
+
+def _csv_header(file: DataFile, line: str) -> tuple[list[str], str]:
+    """The column names and the delimiter: the first of , ; tab | (tab first for .tsv) that gives known columns."""
+    preferred = "\t" if file.kind == ".tsv" else ","
+    for delimiter in sorted(",;\t|", key=lambda delimiter: delimiter != preferred):
+        names = [cell.strip() for cell in next(csv.reader([line.lstrip("\ufeff")], delimiter=delimiter))]
+        names = [name.lower() if name.lower() in SCHEMA_KEYS | OWN_KEYS else name for name in names]
+        if any(set(keys) <= set(names) for keys in SCHEMAS):
+            break
+    else:
+        found = printable(line.strip())[:100]
+        raise StoneyError(f"{file.name}: the first line names no known columns: {found!r}; expected {WANTED}")
+    names = [name or f"column {number}" for number, name in enumerate(names, 1)]
+    name, count = Counter(names).most_common(1)[0]
+    if count > 1:
+        raise StoneyError(f"{file.name}: {count} columns are named {printable(name)!r}; rename all but one")
+    return names, delimiter
+
+
+def _read_parquet(file: DataFile) -> Iterator[Record]:
+    import pyarrow
+    import pyarrow.parquet
+
+    with file.open() as stream:
+        held = stream
+        if not isinstance(getattr(stream, "raw", None), io.FileIO):  # compressed or in an archive: can't be searched
+            held = io.BytesIO(stream.read(FILE_LIMIT + 1))
+            if held.getbuffer().nbytes > FILE_LIMIT:
+                raise StoneyError(f"{file.name} is too large to be read from its archive; unpack it")
+        number = 0
+        try:
+            for batch in pyarrow.parquet.ParquetFile(held).iter_batches(batch_size=1024, use_threads=False):
+                yield from _batch_records(batch, number)
+                number += batch.num_rows
+        except pyarrow.ArrowException as error:
+            raise OSError(plain(error)) from None
+
+
+def _batch_records(batch, before: int) -> Iterator[Record]:
+    """The rows of one pyarrow RecordBatch; ``before`` rows of the file came earlier."""
+    try:
+        values = batch.to_pylist()
+    except (ValueError, TypeError, OverflowError, ImportError):  # some cell; find it
+        values = [_cells(batch, index) for index in range(batch.num_rows)]
+    for number, value in enumerate(values, before + 1):
+        if isinstance(value, str):
+            yield Record(number, None, "", value)
+            continue
+        for key, cell in value.items():
+            if isinstance(cell, float) and cell != cell:  # what pandas writes for a missing value
+                value[key] = None
+            elif key not in SCHEMA_KEYS and not isinstance(cell, str | int | float | None):
+                value[key] = json.loads(json.dumps(cell, default=str))
+        yield Record(number, value, lambda value=value: json.dumps(value, ensure_ascii=False, default=str))
+
+
+def _cells(batch, index: int) -> dict | str:
+    """One row of a RecordBatch, or the reason why it can't be read. A cell Python has no value for is kept as text."""
+    value = {}
+    for name, column in zip(batch.schema.names, batch.columns, strict=True):
+        try:
+            value[name] = column[index].as_py()
+        except UnicodeDecodeError:
+            return f"not valid UTF-8: in column {printable(name)}"
+        except (ValueError, TypeError, OverflowError, ImportError):
+            value[name] = str(column[index])
+    return value
+
+
+_READERS = {
+    ".jsonl": _read_jsonl,
+    ".ndjson": _read_jsonl,
+    ".json": _read_json,
+    ".csv": _read_csv,
+    ".tsv": _read_csv,
+    ".parquet": _read_parquet,
+}
+
+
+def read_records(file: DataFile) -> Iterator[Record]:
+    """The records of ``file`` in order. Raises StoneyError or one of ``file_errors()``."""
+    return _READERS[file.kind](file)

@@ -1,0 +1,475 @@
+"""The lexeme-disjoint split: train, validation and test, and a certificate that nothing leaked.
+
+A held-out row is *unseen* if no training row mentions any of its forms, and *seen* if training rows mention all of
+them, in other wordings. The difference between a model's scores on the two is what it memorised.
+
+What counts as a mention. The forms of a row are its ``lexemes`` and the planted ``metadata["form"]``. A row mentions a
+form that is among its own forms, or that stands in one of its messages, quoted or not, as whole words after
+``text.fold``; in doubt it is a mention: a hyphen separates words here and a possessive 's is dropped, so ``tâlo-like``
+and ``tâlo's`` mention (the invented) *tâlo*. A form of several words is mentioned by those words in that order, and not
+by one of them: otherwise a particle that many phrases share would chain all phrases together, and no phrase could be
+held out. Such a particle, where it is a row's form by itself, is mentioned by every phrase that holds it, so
+it stays in training. The certificate counts the unseen rows of which a single word does occur in training
+(``unseen_rows_sharing_a_word``). System messages are not counted: one is the same for a whole source.
+
+How rows are chosen. Rows with the same prompt move as one unit. Forms and units make a graph:
+
+1. Connected components are held out whole, in an order drawn from the seed, until the unseen rows are as many as asked.
+2. If that is not enough, components are cut: the forms of one unit, or a form with those that mostly stand beside it (a
+   stem with its inflected forms), are held out, cheapest cuts first. A unit that mentions a held-out form beside others
+   can be neither trained on nor tested: it is dropped, and counted.
+3. Seen rows are drawn from the units that are left, each only if training still mentions all its forms without it.
+
+Rows without lexemes are always training rows. The draw hashes the seed with the prompts and the forms, so it does not
+depend on the order of the rows, their ids, or the process.
+"""
+
+import hashlib
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from stoney_rl.errors import StoneyError
+from stoney_rl.text import fold
+
+if TYPE_CHECKING:
+    from stoney_rl.data import Row
+
+SPLIT_VERSION = 1
+MIN_ROWS = 20
+
+# Rows that may be dropped for each row gained, when components are cut. Cuts within one step are taken in drawn order:
+# taking the very cheapest first would hold out nothing but the rarest forms.
+_DROPS_PER_GAIN = (0.25, 0.5, 1.0, 2.0)
+# Bound on the work of cutting, in mentions looked at: forms with more mentions than their share are never held out.
+_WORK = 20_000_000
+
+
+@dataclass
+class Split:
+    """What ``split_rows`` returns. The lists are in source order; ``seen`` has each validation and test row by id."""
+
+    train: list["Row"]
+    validation: list["Row"]
+    test: list["Row"]
+    dropped: list["Row"]
+    seen: dict[str, bool]
+    certificate: dict
+
+
+@dataclass
+class _Unit:
+    """Rows with the same prompt. ``forms``: of all of them, or empty if one has none (then they are training rows)."""
+
+    key: str
+    rows: list[int]
+    forms: frozenset[str]
+    mentions: frozenset[str]
+
+
+def mention_key(form: str) -> str:
+    """``form`` as the split compares it: folded, words one space apart, hyphens as spaces, without possessive 's."""
+    return " ".join(_mention_words(fold(form)))
+
+
+def row_forms(row: "Row") -> frozenset[str]:
+    """The forms that ``row`` is about, as ``mention_key``s: its lexemes, and the form that a planted row asks for."""
+    forms = [*row.lexemes, row.metadata.get("form") or ""]
+    return frozenset(key for form in forms if (key := mention_key(str(form))))
+
+
+# A word as text.words has it, but for the hyphen.
+_WORD = re.compile(r"[^\W\d_][\u0300-\u036f]*(?:'?[^\W\d_][\u0300-\u036f]*)*")
+_PUNCTUATION = re.compile(r"[^\w\u0300-\u036f]+")
+
+
+def _mention_words(folded: str) -> list[str]:
+    return [word.removesuffix("'s") for word in _WORD.findall(folded)]
+
+
+def _folded(row: "Row") -> list[str]:
+    """The messages of ``row``, prompt first, each through ``text.fold``."""
+    return [fold(str(message["content"])) for message in [*row.prompt, *row.completion]]
+
+
+def _prompt_key(row: "Row", folded: list[str]) -> str:
+    """The same for prompts that differ only in case, white space and punctuation."""
+    turns = zip(row.prompt, folded, strict=False)
+    return "\n".join(f"{message['role']} {_PUNCTUATION.sub(' ', text).strip()}" for message, text in turns)
+
+
+def _draw(seed: int, purpose: str, key: str) -> bytes:
+    return hashlib.sha256(f"{seed}\0{purpose}\0{key}".encode()).digest()
+
+
+def _units(rows: Sequence["Row"]) -> list[_Unit]:
+    forms = [row_forms(row) for row in rows]
+    lengths: dict[str, set[int]] = defaultdict(set)  # first word of a form -> the numbers of words of such forms
+    universe = frozenset().union(*forms)
+    for form in universe:
+        parts = form.split()
+        lengths[parts[0]].add(len(parts))
+
+    by_prompt: dict[str, list[int]] = defaultdict(list)
+    folded = [_folded(row) for row in rows]
+    for index, row in enumerate(rows):
+        by_prompt[_prompt_key(row, folded[index])].append(index)
+
+    units = []
+    for key, members in by_prompt.items():
+        mentions = set().union(*(forms[index] for index in members))
+        own = frozenset(mentions) if all(forms[index] for index in members) else frozenset()
+        for index in members:
+            for message in folded[index]:
+                text = _mention_words(message)
+                for at, word in enumerate(text):
+                    for length in lengths.get(word, ()):
+                        candidate = " ".join(text[at : at + length])
+                        if candidate in universe:
+                            mentions.add(candidate)
+        units.append(_Unit(key, members, own, frozenset(mentions)))
+    return sorted(units, key=lambda unit: unit.key)
+
+
+def _components(units: list[_Unit], mentioned_by: dict[str, list[int]]) -> list[frozenset[str]]:
+    """The forms of each connected component in which every unit has forms."""
+    parent = list(range(len(units)))
+
+    def root(at: int) -> int:
+        while parent[at] != at:
+            parent[at] = parent[parent[at]]
+            at = parent[at]
+        return at
+
+    for members in mentioned_by.values():
+        for other in members[1:]:
+            parent[root(other)] = root(members[0])
+    forms: dict[int, set[str]] = defaultdict(set)
+    without: set[int] = set()
+    for index, unit in enumerate(units):
+        forms[root(index)] |= unit.forms
+        if not unit.forms:
+            without.add(root(index))
+    return [frozenset(found) for at, found in forms.items() if at not in without]
+
+
+def _families(units: list[_Unit], mentioned_by: dict[str, list[int]]) -> list[frozenset[str]]:
+    """Each form with those that most of the time are mentioned beside it: a stem with its inflected forms."""
+    families = []
+    for members in mentioned_by.values():
+        beside = Counter(other for index in members for other in units[index].mentions)
+        families.append(frozenset(other for other, count in beside.items() if 2 * count > len(mentioned_by[other])))
+    return families
+
+
+class _Assignment:
+    """Which unit goes where: ``place[unit]`` is None (still free), "test", "validation", "train" or "dropped"."""
+
+    def __init__(self, units: list[_Unit], seed: int):
+        self.units = units
+        self.seed = seed
+        self.place: list[str | None] = [None] * len(units)
+        self.mentioned_by: dict[str, list[int]] = defaultdict(list)
+        for index, unit in enumerate(units):
+            for form in unit.mentions:
+                self.mentioned_by[form].append(index)
+        self.components = _components(units, self.mentioned_by)
+        self.parts = [unit.forms for unit in units] + _families(units, self.mentioned_by)
+        self.held: dict[str, str] = {}  # form -> the split that it is held out for
+
+    def _size(self, indices: Iterable[int]) -> int:
+        return sum(len(self.units[index].rows) for index in indices)
+
+    def _effect(self, forms: frozenset[str], split: str, reusable: set[int]) -> tuple[set[int], set[int]]:
+        """(units that become unseen rows of ``split``, units to drop) if ``forms`` were held out too.
+
+        ``reusable``: units that were dropped for this split, and that more held-out forms can turn into unseen rows.
+        """
+        new = {form for form in forms if form not in self.held}
+        touched = {index for form in new for index in self.mentioned_by[form]}
+        gained, dropped = set(), set()
+        for index in touched:
+            if self.place[index] is not None and index not in reusable:
+                continue
+            own = self.units[index].forms
+            if own and all(form in new or self.held.get(form) == split for form in own):
+                gained.add(index)
+            elif index not in reusable:
+                dropped.add(index)
+        return gained, dropped
+
+    def _cost(self, forms: frozenset[str], split: str, reusable: set[int]) -> tuple[int, int, set[int], set[int]]:
+        """(rows gained, rows lost, units gained, units dropped); a dropped row that is gained after all counts as -1."""
+        gained, dropped = self._effect(forms, split, reusable)
+        return self._size(gained), self._size(dropped) - self._size(gained & reusable), gained, dropped
+
+    def _candidates(self, candidates: Iterable[frozenset[str]], split: str, purpose: str) -> list[frozenset[str]]:
+        """``candidates`` that hold no form held out for another split, each once, in drawn order."""
+        free = {forms for forms in candidates if forms and all(self.held.get(form, split) == split for form in forms)}
+        return sorted(free, key=lambda forms: _draw(self.seed, f"{split} {purpose}", "\n".join(sorted(forms))))
+
+    def hold_out_unseen(self, split: str, wanted: int) -> int:
+        """Give ``split`` about ``wanted`` unseen rows; returns how many it got, 0 if no form can be held out."""
+        slack = wanted // 10
+        got, reusable = 0, set()
+
+        def take(forms: frozenset[str], gained: set[int], dropped: set[int]) -> None:
+            nonlocal got
+            self.held.update(dict.fromkeys(forms, split))
+            for index in gained:
+                self.place[index] = split
+            for index in dropped:
+                self.place[index] = "dropped"
+            reusable.difference_update(gained)
+            reusable.update(dropped)
+            got += self._size(gained)
+
+        smallest: tuple[int, frozenset[str], set[int]] | None = None
+        for forms in self._candidates(self.components, split, "components"):
+            gained, dropped = self._effect(forms, split, reusable)
+            size = self._size(gained)
+            if dropped or not size:  # another split has been cut out of it
+                continue
+            if got + size <= wanted + slack:
+                take(forms, gained, dropped)
+            elif smallest is None or size < smallest[0]:
+                smallest = (size, forms, gained)
+            if got >= wanted:
+                return got
+
+        candidates = self._candidates(self.parts, split, "cuts")
+        most_mentions = max(50, _WORK // max(1, len(candidates)))
+        ranked = []
+        for position, forms in enumerate(candidates):
+            if sum(len(self.mentioned_by[form]) for form in forms) <= most_mentions:
+                size, lost, _, _ = self._cost(forms, split, reusable)
+                rank = next((r for r, most in enumerate(_DROPS_PER_GAIN) if lost <= most * size), None)
+                if size and rank is not None:
+                    ranked.append((rank, position, forms))
+        for rank, _, forms in sorted(ranked, key=lambda entry: entry[:2]):
+            if got >= wanted - slack:
+                return got
+            size, lost, gained, dropped = self._cost(forms, split, reusable)
+            if 0 < size <= wanted + slack - got and lost <= _DROPS_PER_GAIN[rank] * size:
+                take(forms, gained, dropped)
+        if got == 0 and smallest and 4 * smallest[0] <= self._size(range(len(self.units))):
+            take(*smallest, set())
+        return got
+
+    def hold_out_seen(self, wanted: dict[str, int]) -> dict[str, int]:
+        """Give each split up to ``wanted`` rows whose forms training still mentions; everything else is training."""
+        in_training = Counter(
+            form for index, unit in enumerate(self.units) if self.place[index] is None for form in unit.mentions
+        )
+        free = [index for index, unit in enumerate(self.units) if self.place[index] is None and unit.forms]
+        free.sort(key=lambda index: _draw(self.seed, "seen", self.units[index].key))
+        got = dict.fromkeys(wanted, 0)
+        for index in free:
+            unit = self.units[index]
+            # The split that is furthest from what it wants.
+            split = min(wanted, key=lambda name: got[name] / wanted[name] if wanted[name] else 1.0)
+            if got[split] >= wanted[split]:
+                break
+            if all(in_training[form] >= 2 for form in unit.mentions):
+                in_training.subtract(unit.mentions)
+                self.place[index] = f"{split} seen"
+                got[split] += len(unit.rows)
+        return got
+
+
+def _check(rows: Sequence["Row"], test: float, validation: float, seen: float) -> None:
+    if not (0 < test < 1 and 0 <= validation < 1 and 0 <= seen < 1):
+        raise StoneyError(
+            f"split: test_fraction {test}, validation_fraction {validation}, seen_fraction {seen}: "
+            "each must lie between 0 and 1 (validation and seen may be 0)"
+        )
+    held_out = (test + validation) * (1 + seen / test)
+    if held_out > 0.8:
+        raise StoneyError(
+            f"split: test_fraction {test}, validation_fraction {validation} and seen_fraction {seen} hold out "
+            f"{held_out:.0%} of the rows, unseen and seen ones; give smaller fractions, 80% together at most"
+        )
+    if len(rows) < MIN_ROWS:
+        raise StoneyError(f"split: {len(rows)} rows are too few for a split by lexeme; give at least {MIN_ROWS}")
+    twice = [row_id for row_id, count in Counter(row.id for row in rows).items() if count > 1]
+    if twice:
+        raise StoneyError(
+            f"split: {len(twice)} row ids occur more than once, such as {min(twice)!r}; ids must be unique"
+        )
+    if not any(row_forms(row) for row in rows):
+        raise StoneyError("split: no row has lexemes; run stoney_rl.lexemes.annotate on the rows first")
+
+
+def split_rows(
+    rows: Sequence["Row"],
+    *,
+    seed: int = 0,
+    test_fraction: float = 0.1,
+    validation_fraction: float = 0.05,
+    seen_fraction: float | None = None,
+    data_sha256: str | None = None,
+) -> Split:
+    """Split ``rows`` by lexeme; see the module's docstring for how.
+
+    test_fraction, validation_fraction: unseen rows of each split, as a share of all rows. seen_fraction: seen test
+    rows, as a share of all rows (default: ``test_fraction``); validation gets seen rows in the same proportion. Unseen
+    rows come within 10% of their share, as far as the lexemes allow; seen rows are as many as there are:
+    ``certificate["requested"]`` and ``["counts"]`` show both. data_sha256: ``RowSet.sha256``, for the certificate.
+
+    The certificate is JSON-able and holds no row text. Raises StoneyError for fewer than 20 rows, impossible fractions,
+    repeated ids, rows without lexemes, and data in which no lexeme can be held out.
+    """
+    seen_fraction = test_fraction if seen_fraction is None else seen_fraction
+    _check(rows, test_fraction, validation_fraction, seen_fraction)
+    requested = {
+        "test": {"unseen": max(1, round(test_fraction * len(rows))), "seen": round(seen_fraction * len(rows))},
+        "validation": {
+            "unseen": round(validation_fraction * len(rows)),
+            "seen": round(validation_fraction * seen_fraction / test_fraction * len(rows)),
+        },
+    }
+    units = _units(rows)
+    assignment = _Assignment(units, seed)
+    for name, wanted in requested.items():
+        got = assignment.hold_out_unseen(name, wanted["unseen"]) if wanted["unseen"] else 0
+        if wanted["unseen"] and not got:
+            raise StoneyError(
+                f"split: no lexeme of these {len(rows)} rows can be held out for {name} "
+                f"({wanted['unseen']} rows wanted): too many rows mention each one; give more rows or another fraction"
+            )
+    assignment.hold_out_seen({name: wanted["seen"] for name, wanted in requested.items()})
+
+    place = {
+        index: where or "train" for unit, where in zip(units, assignment.place, strict=True) for index in unit.rows
+    }
+    parts: dict[str, list[Row]] = {"train": [], "validation": [], "test": [], "dropped": []}
+    seen: dict[str, bool] = {}
+    for index, row in enumerate(rows):
+        name, _, kind = place[index].partition(" ")
+        parts[name].append(row)
+        if name in ("validation", "test"):
+            seen[row.id] = kind == "seen"
+    if not parts["train"]:
+        raise StoneyError(
+            f"split: nothing is left to train on of {len(rows)} rows; give smaller fractions or more rows"
+        )
+
+    held_out = {name: [row for row in parts[name] if not seen[row.id]] for name in ("validation", "test")}
+    certificate = {
+        "split_version": SPLIT_VERSION,
+        "seed": seed,
+        "test_fraction": test_fraction,
+        "validation_fraction": validation_fraction,
+        "seen_fraction": seen_fraction,
+        "data_sha256": data_sha256,
+        "rows": len(rows),
+        "requested": requested,
+        "counts": {
+            "train": len(parts["train"]),
+            **{
+                name: {"unseen": len(held_out[name]), "seen": len(parts[name]) - len(held_out[name])}
+                for name in ("validation", "test")
+            },
+            "dropped": len(parts["dropped"]),
+            "without_lexemes": sum(not row_forms(row) for row in rows),
+        },
+        "lexemes": {
+            "all": _count_forms(rows),
+            "train": _count_forms(parts["train"]),
+            "validation_unseen": _count_forms(held_out["validation"]),
+            "test_unseen": _count_forms(held_out["test"]),
+        },
+        **certify(parts["train"], parts["validation"], parts["test"], seen),
+        "ids_sha256": {
+            name: hashlib.sha256("\n".join(sorted(row.id for row in part)).encode()).hexdigest()
+            for name, part in parts.items()
+        },
+    }
+    return Split(parts["train"], parts["validation"], parts["test"], parts["dropped"], seen, certificate)
+
+
+def _count_forms(rows: Iterable["Row"]) -> int:
+    return len(frozenset().union(*(row_forms(row) for row in rows)))
+
+
+# The certificate's check: it reads the rows again, by other means than the assignment (plain strings, no word index).
+
+
+_NO_LETTER = re.compile(r"[^\w'\u0300-\u036f]|[\d_]|''+")
+
+
+def _plain(folded: str) -> str:
+    """The words of a folded text with one space around each, in the wide reading of the module's docstring."""
+    return " " + " ".join(w.strip("'").removesuffix("'s") for w in _NO_LETTER.sub(" ", folded).split()) + " "
+
+
+def _plain_forms(row: "Row") -> list[str]:
+    forms = (_plain(fold(str(form))) for form in [*row.lexemes, row.metadata.get("form") or ""])
+    return [form for form in forms if form.strip()]
+
+
+class _Texts:
+    """Rows as plain strings, and which of them hold a word."""
+
+    def __init__(self, rows: Iterable["Row"]):
+        self.texts: list[str] = []
+        self.prompts: set[str] = set()
+        self.holding: dict[str, list[int]] = defaultdict(list)
+        for row in rows:
+            folded = _folded(row)
+            text = "|".join([*map(_plain, folded), *_plain_forms(row)])
+            for word in set(text.replace("|", " ").split()):
+                self.holding[word].append(len(self.texts))
+            self.texts.append(text)
+            self.prompts.add(_prompt_key(row, folded))
+
+    def mention(self, form: str) -> bool:
+        rarest = min((self.holding.get(word, []) for word in form.split()), key=len)
+        return any(form in self.texts[at] for at in rarest)
+
+
+def certify(
+    train: Sequence["Row"], validation: Sequence["Row"], test: Sequence["Row"], seen: dict[str, bool]
+) -> dict[str, dict]:
+    """Check a split by reading its rows again; returns ``overlaps`` (all zero) and ``unseen_rows_sharing_a_word``.
+
+    The overlaps: unseen rows of test and of validation with a form that training mentions; unseen test rows with a form
+    that validation mentions; seen rows with a form that training does not mention; ids and prompts that two splits
+    have; held-out rows without a flag or without a form. Raises StoneyError if one is not zero.
+    """
+    parts = (train, validation, test)
+    texts = [_Texts(part) for part in parts]
+    training, validating, _ = texts
+    unseen_validation, unseen_test = ([row for row in part if seen.get(row.id) is False] for part in (validation, test))
+
+    def count_leaks(rows: Iterable["Row"], where: _Texts) -> int:
+        return sum(any(map(where.mention, _plain_forms(row))) for row in rows)
+
+    def count_shared(sets: list[set[str]]) -> int:
+        return sum(map(len, sets)) - len(set().union(*sets))
+
+    overlaps = {
+        "test_unseen_in_train": count_leaks(unseen_test, training),
+        "validation_unseen_in_train": count_leaks(unseen_validation, training),
+        "test_unseen_in_validation": count_leaks(unseen_test, validating),
+        "seen_not_in_train": sum(
+            not all(map(training.mention, _plain_forms(row))) for row in [*validation, *test] if seen.get(row.id)
+        ),
+        "ids_in_two_splits": count_shared([{row.id for row in part} for part in parts]),
+        "prompts_in_two_splits": count_shared([part.prompts for part in texts]),
+        "rows_without_flag_or_form": sum(row.id not in seen or not _plain_forms(row) for row in [*validation, *test]),
+    }
+    if any(overlaps.values()):
+        found = ", ".join(f"{name} {count}" for name, count in overlaps.items() if count)
+        raise StoneyError(f"split: not disjoint: {found} (all must be 0); split the rows again with split_rows")
+    return {
+        "overlaps": overlaps,
+        "unseen_rows_sharing_a_word": {
+            name: sum(
+                any(word in training.holding for form in _plain_forms(row) for word in form.split()) for row in part
+            )
+            for name, part in (("validation", unseen_validation), ("test", unseen_test))
+        },
+    }

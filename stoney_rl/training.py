@@ -1,0 +1,241 @@
+"""What training stages add to TRL's trainers: checkpoints that are whole or absent, and a loss that a CPU can afford.
+
+Importing this module loads torch; the scripts do so after their arguments are checked.
+"""
+
+import functools
+import os
+import shutil
+import types
+import warnings
+from pathlib import Path
+
+import torch
+from peft import PeftModel, get_peft_model_state_dict
+from safetensors.torch import load_file
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, Trainer
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from trl import SFTTrainer
+from trl.trainer.utils import FusedCausalLMOutput
+
+from stoney_rl import checkpoints, models
+from stoney_rl.corpus import SPLIT_FILE
+from stoney_rl.errors import StoneyError
+
+# transformers 5.23 renamed gradient to activation checkpointing; TRL 1.16 and PEFT still set the old name themselves.
+warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*", category=FutureWarning)
+
+# Answer tokens whose logits are held at once: 512 x 49,152 fp32 logits are 100 MB.
+HEAD_CHUNK = 512
+# Config fields by which an architecture changes its logits after the LM head (Gemma 2, Cohere, Granite, Falcon-H1).
+_SCALED_LOGITS = ("final_logit_softcapping", "logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling")
+
+
+class WholeCheckpoints:
+    """Mixin for transformers' ``Trainer``: ``checkpoint-<step>`` appears when it is complete, by a rename.
+
+    transformers writes into the final directory file by file, so a kill in between leaves a directory that looks like
+    a checkpoint and cannot be resumed from.
+    """
+
+    _SAVING = ".saving"
+
+    def _get_output_dir(self, trial: object) -> str:
+        return str(Path(self.args.output_dir) / self._SAVING) if self._is_saving else super()._get_output_dir(trial)
+
+    _is_saving = False
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: object) -> None:
+        root = Path(self.args.output_dir)
+        name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        if self.is_world_process_zero():
+            shutil.rmtree(root / self._SAVING, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        self._is_saving = True
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self._is_saving = False
+        self.accelerator.wait_for_everyone()
+        if self.is_world_process_zero():
+            if self.state.best_global_step:
+                self.state.best_model_checkpoint = str(root / f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}")
+            self.state.save_to_json(str(root / self._SAVING / name / "trainer_state.json"))
+            shutil.rmtree(root / name, ignore_errors=True)
+            os.rename(root / self._SAVING / name, root / name)
+            shutil.rmtree(root / self._SAVING)
+            # A deletion that is cut short must not leave half a directory either: rename first, by the same name rule.
+            for stale in root.glob(".old-*"):
+                shutil.rmtree(stale, ignore_errors=True)
+            self._rotate(root)
+        self.accelerator.wait_for_everyone()
+
+    def _rotate(self, root: Path) -> None:
+        limit = self.args.save_total_limit
+        if not limit:
+            return
+        steps = sorted(int(path.name.rsplit("-", 1)[1]) for path in root.glob(f"{PREFIX_CHECKPOINT_DIR}-*"))
+        keep = set(steps[-limit:])
+        if self.state.best_global_step:
+            keep.add(self.state.best_global_step)
+        for step in steps:
+            if step not in keep:
+                doomed = root / f".old-{step}"
+                os.rename(root / f"{PREFIX_CHECKPOINT_DIR}-{step}", doomed)
+                shutil.rmtree(doomed, ignore_errors=True)
+
+
+class AnswerTrainer(WholeCheckpoints, SFTTrainer):
+    """TRL's ``SFTTrainer`` with whole checkpoints and, on a CPU, an LM head that scores only the trained tokens."""
+
+    def __init__(self, *args: object, **kwargs: object) -> None:
+        super().__init__(*args, **kwargs)
+        model = self.model
+        while not isinstance(model, PreTrainedModel):
+            model = model.get_base_model()
+        if model.device.type == "cpu":
+            _score_answers_only(model)
+
+
+def _score_answers_only(model: PreTrainedModel) -> None:
+    """Replace the CPU path of TRL's fused LM head, in place.
+
+    Without Triton, TRL 1.16 projects every position through the vocabulary, prompt tokens too, in small tiles, and
+    twice. On a CPU that is the larger part of a step. Here only positions with a label are projected, once. Same
+    outputs, same loss; architectures that rescale their logits keep TRL's path.
+    """
+    config = model.config.get_text_config()
+    if any(getattr(config, name, None) not in (None, 1, 1.0) for name in _SCALED_LOGITS):
+        return
+    if getattr(config, "output_router_logits", False):
+        return
+    trl_forward = model.forward
+
+    @functools.wraps(type(model).forward)
+    def forward(self, *args, fused_lm_head=False, labels=None, num_items_in_batch=None, **kwargs):
+        if not fused_lm_head or labels is None:
+            return trl_forward(
+                *args, fused_lm_head=fused_lm_head, labels=labels, num_items_in_batch=num_items_in_batch, **kwargs
+            )
+        kwargs["use_cache"] = False
+        hidden = self.base_model(*args, **kwargs).last_hidden_state[:, :-1]
+        targets = labels[:, 1:]
+        trained = targets != -100
+        head = self.get_output_embeddings()
+        parts = [
+            _score(head, states, tokens) if len(hidden[trained]) <= HEAD_CHUNK else _score_again(head, states, tokens)
+            for states, tokens in zip(
+                hidden[trained].split(HEAD_CHUNK), targets[trained].split(HEAD_CHUNK), strict=True
+            )
+        ]
+        log_probs, entropy, is_top1 = (
+            _scatter(torch.cat(part) if part else hidden.new_zeros(0), trained)
+            for part in (zip(*parts, strict=True) if parts else ((), (), ()))
+        )
+        count = trained.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
+        return FusedCausalLMOutput(
+            loss=-log_probs.sum() / count,
+            log_probs=log_probs,
+            entropy=entropy,
+            is_top1=is_top1,
+            label_mask=trained,
+        )
+
+    model.forward = types.MethodType(forward, model)
+
+
+def _score(
+    head: torch.nn.Module, hidden: torch.Tensor, targets: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Log-probability, entropy (nats) and top-1 hit of ``targets`` [tokens] given ``hidden`` [tokens, width]."""
+    log_probs = functional.log_softmax(head(hidden).float(), dim=-1)
+    with torch.no_grad():
+        entropy = -(log_probs.exp() * log_probs).sum(-1)
+        is_top1 = log_probs.argmax(-1) == targets
+    return log_probs.gather(-1, targets[:, None]).squeeze(-1), entropy, is_top1
+
+
+def _score_again(
+    head: torch.nn.Module, hidden: torch.Tensor, targets: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """``_score``, recomputed in the backward pass instead of kept: large batches stay within one chunk's memory."""
+    return checkpoint(_score, head, hidden, targets, use_reentrant=False)
+
+
+def _scatter(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """[masked positions] -> [batch, sequence], zero elsewhere; keeps the graph when no position is masked in."""
+    return values.new_zeros(mask.shape).masked_scatter(mask, values)
+
+
+class _QuietProgress(ProgressCallback):
+    """transformers' progress bar with the latest loss behind it, instead of a printed dictionary for each record."""
+
+    def on_log(self, args: object, state: object, control: object, logs: dict | None = None, **kwargs: object) -> None:
+        if self.training_bar is not None and logs:
+            shown = {"loss": "loss", "eval_loss": "held-out loss", "reward": "reward"}
+            self.shown |= {shown[key]: f"{float(logs[key]):.3f}" for key in shown if key in logs}
+            self.training_bar.set_postfix(self.shown)
+
+    def on_train_begin(self, *args: object, **kwargs: object) -> None:
+        self.shown: dict[str, str] = {}
+        super().on_train_begin(*args, **kwargs)
+
+
+def quiet_progress(trainer: Trainer) -> None:
+    """Replace the trainer's printing callbacks by one progress bar."""
+    for callback in (ProgressCallback, PrinterCallback):
+        trainer.remove_callback(callback)
+    trainer.add_callback(_QuietProgress)
+
+
+def check_saved_adapter(model: PeftModel, directory: Path) -> None:
+    """Raise ``StoneyError`` unless the adapter file in ``directory`` holds exactly ``model``'s adapter, bit for bit."""
+    saved = load_file(directory / "adapter_model.safetensors")
+    trained = get_peft_model_state_dict(model)
+    differing = [name for name in trained if name not in saved or not torch.equal(saved[name], trained[name].cpu())]
+    if differing or saved.keys() != trained.keys():
+        raise StoneyError(
+            f"{directory}: {len(differing)} saved tensors differ from the trained ones; is the disk full?"
+        )
+
+
+def save_merged(adapter: Path, merged: Path, stage: dict, *, dtype: torch.dtype) -> float:
+    """Merge ``adapter`` into its base in fp32 and write both directories' ``stage.json``; publish ``merged``.
+
+    Returns the largest absolute difference between the logits of the adapter on its base and of the merged model, both
+    in fp32, relative to the largest logit if that is above 1. Raises ``StoneyError`` above
+    ``checkpoints.LOGIT_TOLERANCE``, or if the files hold another model than the one in memory.
+    """
+    source = models.find_model(str(adapter))
+    model = models.load_model(source, torch.float32)
+    tokenizer = models.load_tokenizer(source)
+    adapter_logits, adapter_fingerprint = checkpoints.probe_logits(model), checkpoints.fingerprint(model)
+    model = model.merge_and_unload()
+    difference = float(
+        (checkpoints.probe_logits(model) - adapter_logits).abs().max() / adapter_logits.abs().max().clamp(min=1)
+    )
+    if difference > checkpoints.LOGIT_TOLERANCE:
+        raise StoneyError(
+            f"{merged}: logits differ from the adapter's by {difference:.2g} after merging; please report this model"
+        )
+    checkpoints.write_json(
+        adapter / checkpoints.STAGE_FILE, stage | {"kind": "adapter", "fingerprint": adapter_fingerprint}
+    )
+    model.to(dtype)
+    with checkpoints.staged(merged, overwrite=True) as work:
+        model.save_pretrained(work)
+        tokenizer.save_pretrained(work)
+        shutil.copy(adapter / SPLIT_FILE, work / SPLIT_FILE)
+        reloaded = models.load_model(models.find_model(str(work)), dtype)
+        fingerprint = checkpoints.fingerprint(model)
+        if checkpoints.fingerprint(reloaded) != fingerprint:
+            raise StoneyError(
+                f"{merged}: the saved weights compute other logits than the merged model; is the disk full?"
+            )
+        checkpoints.write_json(
+            work / checkpoints.STAGE_FILE,
+            stage | {"kind": "merged", "adapter": str(adapter).removesuffix(".partial"), "fingerprint": fingerprint},
+        )
+    return difference

@@ -1,0 +1,472 @@
+"""LoRA supervised fine-tuning: teach a model to answer in and about the language.
+
+    python train_lora.py --model checkpoints/smollm2-135m --dataset data/planted/rows.jsonl --output_dir demo_ckpt
+    python train_lora.py --model deepseek-ai/DeepSeek-R1-Distill-Qwen-7B --batch_size 4 --multi_gpu --num_gpus 4
+    python train_lora.py --config my_run.yaml --resume
+
+Reads: a base model (hub id or folder) and rows (hub id, file or folder; see README for the schemas). Splits the rows by
+lexeme and trains on the training split alone, with the loss on the answer and the token that ends it.
+Writes: --output_dir (default stoney_lora_ckpt/: the adapter) and --merged_dir (default stoney_lora_merged/: the model
+with the adapter merged in fp32), both complete checkpoint directories, proven equal by their logits. While it runs,
+its checkpoints are in <output_dir>.partial/; after a kill, --resume continues from the last one.
+Exit codes: 0 done, 2 bad input, 130 interrupted.
+"""
+
+import argparse
+import json
+import math
+import os
+import sys
+import time
+from pathlib import Path
+
+from stoney_rl import checkpoints, cli
+from stoney_rl.errors import StoneyError
+from stoney_rl.models import DEFAULT_MODEL, ModelSource, check_4bit, find_model, resolve_unpublished
+
+DEFAULT_DATASET = "HarleyCooper/StoneyNakoda45k"
+# Where a run continues: arguments that may differ between the run and its --resume.
+NOT_IDENTITY = {
+    "resume",
+    "overwrite",
+    "config",
+    "save_steps",
+    "save_total_limit",
+    "logging_steps",
+    "multi_gpu",
+    "num_gpus",
+}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = cli.make_parser(__doc__)
+    paths = parser.add_argument_group("input and output")
+    paths.add_argument("--model", default=DEFAULT_MODEL, help="hub id, or folder of a base or merged model")
+    paths.add_argument("--revision", help="hub revision of the model")
+    paths.add_argument("--dataset", default=DEFAULT_DATASET, help="hub id, file or folder of rows")
+    paths.add_argument("--dataset_revision", help="hub revision of the dataset")
+    paths.add_argument("--output_dir", default="stoney_lora_ckpt", help="the adapter's directory")
+    paths.add_argument("--merged_dir", help="default: the output directory's name with _ckpt replaced by _merged")
+    paths.add_argument("--resume", action="store_true", help="continue an unfinished run, or start if there is none")
+    paths.add_argument("--overwrite", action="store_true", help="replace existing output and unfinished runs")
+
+    data = parser.add_argument_group("data")
+    data.add_argument(
+        "--test_fraction", type=cli.fraction, default=0.1, help="share of rows held out as unseen lexemes"
+    )
+    data.add_argument("--validation_fraction", type=cli.fraction, default=0.05, help="the same, for the held-out loss")
+    data.add_argument("--split_seed", type=cli.non_negative_int, default=0, help="seed of the lexeme-disjoint split")
+    data.add_argument("--max_length", type=cli.positive_int, default=512, help="tokens a row; longer rows are cut")
+    data.add_argument("--max_eval_rows", type=cli.positive_int, default=200, help="rows for the held-out loss")
+
+    batch = parser.add_argument_group("batch and length of training")
+    batch.add_argument(
+        "--batch_size", "--per_device_train_batch_size", dest="batch_size", type=cli.positive_int, default=4,
+        help="rows a device and step before accumulation",
+    )  # fmt: skip
+    batch.add_argument(
+        "--gradient_accumulation_steps", type=cli.positive_int, help="default: 4, or from --global_batch_size"
+    )
+    batch.add_argument(
+        "--global_batch_size", type=cli.positive_int, help="rows an update over all devices; sets accumulation"
+    )
+    batch.add_argument("--per_device_eval_batch_size", type=cli.positive_int, help="default: --batch_size")
+    batch.add_argument(
+        "--num_train_epochs", type=cli.positive_float, default=3.0, help="passes over the training split"
+    )
+    batch.add_argument("--max_steps", type=cli.positive_int, help="updates; overrides --num_train_epochs")
+
+    lora = parser.add_argument_group("adapter")
+    lora.add_argument("--lora_rank", type=cli.positive_int, default=16, help="rank of the update matrices")
+    lora.add_argument("--lora_alpha", type=cli.positive_float, default=32, help="scale: alpha / rank")
+    lora.add_argument("--lora_dropout", type=cli.fraction, default=0.0, help="dropout on the adapter's input")
+    lora.add_argument(
+        "--lora_target_modules", nargs="+", default=["all-linear"],
+        help="module names; all-linear finds every linear layer but the LM head, fused projections too",
+    )  # fmt: skip
+    lora.add_argument("--use_rslora", action="store_true", help="scale by alpha / sqrt(rank) (arXiv 2312.03732)")
+    lora.add_argument("--use_dora", action="store_true", help="weight-decomposed update (arXiv 2402.09353)")
+
+    optim = parser.add_argument_group("optimisation")
+    optim.add_argument("--learning_rate", type=cli.positive_float, default=2e-4, help="peak learning rate")
+    optim.add_argument("--lr_scheduler_type", default="cosine", help="linear, cosine, constant_with_warmup, ...")
+    optim.add_argument(
+        "--warmup_ratio", type=cli.fraction, default=0.03, help="share of the updates with a rising rate"
+    )
+    optim.add_argument("--weight_decay", type=float, default=0.0, help="AdamW's weight decay")
+    optim.add_argument("--max_grad_norm", type=cli.positive_float, default=1.0, help="gradient clipping")
+    optim.add_argument("--optim", default="adamw_torch", help="any optimizer name of transformers")
+    optim.add_argument("--neftune_noise_alpha", type=cli.positive_float, help="embedding noise (arXiv 2310.05914)")
+    optim.add_argument("--seed", type=cli.non_negative_int, default=0, help="adapter initialisation and order of rows")
+
+    compute = parser.add_argument_group("hardware")
+    compute.add_argument(
+        "--dtype", choices=["auto", "bf16", "fp16", "fp32"], default="auto", help="auto: by the hardware"
+    )
+    compute.add_argument("--merged_dtype", choices=["auto", "bf16", "fp16", "fp32"], default="auto",
+                         help="dtype in which the merged model is saved; auto: as the weights were loaded")  # fmt: skip
+    compute.add_argument("--gradient_checkpointing", action=argparse.BooleanOptionalAction, default=True,
+                         help="recompute activations: a third slower, a fraction of the memory")  # fmt: skip
+    compute.add_argument("--group_by_length", action=argparse.BooleanOptionalAction, default=True,
+                         help="batches of rows of like length: less padding")  # fmt: skip
+    compute.add_argument("--attn_implementation", help="sdpa (default), eager, flash_attention_2, ...")
+    compute.add_argument(
+        "--load_in_4bit", action="store_true", help="QLoRA: NF4 base weights (needs bitsandbytes and a GPU)"
+    )
+    compute.add_argument("--multi_gpu", action="store_true", help="one process a GPU, through torchrun")
+    compute.add_argument("--num_gpus", type=cli.positive_int, help="with --multi_gpu; default: all")
+
+    steps = parser.add_argument_group("logging, evaluation and saving")
+    steps.add_argument("--logging_steps", type=cli.positive_int, default=1, help="updates between loss records")
+    steps.add_argument(
+        "--eval_steps", type=cli.non_negative_int, help="updates between held-out losses; 0: never; default: a fifth"
+    )
+    steps.add_argument(
+        "--save_steps", type=cli.positive_int, help="updates between checkpoints; default: a tenth of the run"
+    )
+    steps.add_argument("--save_total_limit", type=cli.positive_int, default=2, help="checkpoints kept")
+    steps.add_argument("--early_stopping_patience", type=cli.positive_int,
+                       help="stop after this many held-out losses without a new best, and keep the best")  # fmt: skip
+    cli.add_tracking_flags(parser)
+    return parser
+
+
+def check_args(args: argparse.Namespace) -> None:
+    """Complete ``args`` and raise ``StoneyError`` with every problem that can be seen without loading anything."""
+    problems = cli.Problems()
+    if args.merged_dir is None:
+        args.merged_dir = args.output_dir.rstrip("/").removesuffix("_ckpt") + "_merged"
+    if Path(args.merged_dir).resolve() == Path(args.output_dir).resolve():
+        problems.add(f"--merged_dir: {args.merged_dir} is the output directory too; choose another")
+    for flag, path in (("--output_dir", args.output_dir), ("--merged_dir", args.merged_dir)):
+        if Path(path).exists() and not Path(path).is_dir():
+            problems.add(f"{flag}: {path} is a file; choose a directory")
+    if args.global_batch_size and args.gradient_accumulation_steps:
+        problems.add("--global_batch_size and --gradient_accumulation_steps: one sets the other; give only one")
+    if args.num_gpus and not args.multi_gpu:
+        problems.add("--num_gpus: only with --multi_gpu")
+    if args.early_stopping_patience and args.eval_steps == 0:
+        problems.add("--early_stopping_patience: needs the held-out loss; leave out --eval_steps 0")
+    if args.test_fraction == 0 or args.validation_fraction == 0:
+        problems.add(
+            "--test_fraction and --validation_fraction: must be above 0; a run without held-out rows proves nothing"
+        )
+    if args.load_in_4bit:
+        try:
+            check_4bit()
+        except StoneyError as error:
+            problems.add(str(error))
+    problems.raise_if_any()
+
+
+def relaunch_on_gpus(args: argparse.Namespace) -> None:
+    """Replace this process by torchrun with one process a GPU. Raises ``StoneyError`` if there are too few GPUs."""
+    import torch
+
+    available = torch.cuda.device_count()
+    wanted = args.num_gpus or available
+    if wanted > available or not available:
+        raise StoneyError(
+            f"--multi_gpu: {args.num_gpus or 'some'} GPUs asked for, {available} found on this machine; "
+            + (f"use --num_gpus {available}" if available else "leave out --multi_gpu to train on the CPU")
+        )
+    sys.stdout.flush()
+    os.execv(
+        sys.executable,
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={wanted}", *sys.argv],
+    )
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = cli.parse_args(build_parser(), argv)
+    check_args(args)
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    if args.multi_gpu and "WORLD_SIZE" not in os.environ:
+        relaunch_on_gpus(args)
+    elif world_size == 1:  # TRL refuses DataParallel: without torchrun, one GPU
+        os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
+    is_main = os.environ.get("RANK", "0") == "0"
+    say = print if is_main else (lambda *_: None)
+
+    # 1. What is there: the model, the rows, an earlier run.
+    model_name, notice = resolve_unpublished(args.model)
+    if notice:
+        say(notice)
+    source = find_model(model_name, revision=args.revision)
+    if source.kind == "adapter":
+        raise StoneyError(f"{args.model}: an adapter; train on its merged directory instead")
+
+    from stoney_rl import corpus, data
+
+    rows = corpus.prepare(
+        args.dataset,
+        revision=args.dataset_revision,
+        seed=args.split_seed,
+        test_fraction=args.test_fraction,
+        validation_fraction=args.validation_fraction,
+    )
+    say(data.describe(rows.rowset))
+    output, merged = Path(args.output_dir), Path(args.merged_dir)
+    partial = output.with_name(output.name + ".partial")
+    identity = identify(args, source, rows.rowset.sha256)
+    if is_finished(output, merged, identity, args):
+        say(f"{output} and {merged}: trained with these arguments on this data already (--overwrite trains again)")
+        return
+    last_checkpoint = open_partial(partial, identity, args, is_main=is_main)
+
+    # 2. Model, tokenizer, tokens.
+    import torch
+    from datasets import Dataset
+    from peft import LoraConfig
+    from transformers import EarlyStoppingCallback, set_seed
+    from trl import SFTConfig
+
+    from stoney_rl import models, prompts, tracking, training
+
+    precision = models.choose_precision(args.dtype)
+    tokenizer = models.load_tokenizer(source)
+    for change in prompts.prepare_tokenizer(tokenizer):
+        say(change)
+    ends = prompts.end_of_turn_ids(tokenizer)
+    train_set, train_cuts = encode(rows.split.train, tokenizer, ends, args.max_length)
+    held_out, _ = encode(rows.split.validation[: args.max_eval_rows], tokenizer, ends, args.max_length)
+    if not train_set:
+        raise StoneyError(f"--max_length {args.max_length}: no row has an answer within it; raise it")
+    accumulation = accumulation_steps(args, world_size)
+    steps_an_epoch = math.ceil(len(train_set) / (args.batch_size * world_size * accumulation))
+    total_steps = args.max_steps or math.ceil(steps_an_epoch * args.num_train_epochs)
+    eval_steps = max(1, total_steps // 5) if args.eval_steps is None else args.eval_steps
+    save_steps = args.save_steps or max(1, total_steps // 10)
+    if args.early_stopping_patience:
+        save_steps = eval_steps  # the best model can only be kept where it was saved
+    say(f"rows: {len(train_set)} to train on, {len(held_out)} for the held-out loss; {train_cuts}")
+    say(
+        f"batch: {args.batch_size} a device x {world_size} device(s) x {accumulation} accumulated = "
+        f"{args.batch_size * world_size * accumulation} rows an update; {total_steps} updates"
+    )
+    say(
+        f"device: {models.device()}, {precision}, gradient checkpointing {'on' if args.gradient_checkpointing else 'off'}"
+    )
+    say("one example, trained tokens between ⟦ and ⟧:\n" + prompts.show_example(tokenizer, train_set[0]) + "\n")
+
+    set_seed(args.seed)
+    model = models.load_model(
+        source, precision.weights, quantize_4bit=args.load_in_4bit, attn_implementation=args.attn_implementation
+    )
+    parent_fingerprint = checkpoints.check_fingerprint(Path(source.name), model)
+    tracker = tracking.start(
+        "train_lora",
+        vars(args),
+        mode=args.wandb_mode,
+        project=args.wandb_project,
+        entity=args.wandb_entity,
+        group=args.wandb_group or ((checkpoints.read_stage(Path(source.name)) or {}).get("wandb") or {}).get("group"),
+        name=args.wandb_name or output.name,
+        resume_id=tracking_id(partial),
+    )
+    if is_main:
+        checkpoints.write_json(partial / "tracking.json", {"run_id": tracker.run_id, "group": tracker.group})
+
+    # 3. Train.
+    targets = args.lora_target_modules
+    trainer = training.AnswerTrainer(
+        model=model,
+        args=SFTConfig(
+            output_dir=str(partial),
+            per_device_train_batch_size=args.batch_size,
+            per_device_eval_batch_size=args.per_device_eval_batch_size or args.batch_size,
+            gradient_accumulation_steps=accumulation,
+            num_train_epochs=args.num_train_epochs,
+            max_steps=args.max_steps or -1,
+            max_length=None,  # cut above, where it is counted
+            learning_rate=args.learning_rate,
+            lr_scheduler_type=args.lr_scheduler_type,
+            warmup_steps=args.warmup_ratio,  # below 1: a share of all steps
+            weight_decay=args.weight_decay,
+            max_grad_norm=args.max_grad_norm,
+            optim=args.optim,
+            neftune_noise_alpha=args.neftune_noise_alpha,
+            bf16=precision.autocast == "bf16",
+            fp16=precision.autocast == "fp16",
+            gradient_checkpointing=args.gradient_checkpointing,
+            train_sampling_strategy="group_by_length" if args.group_by_length else "random",
+            logging_steps=args.logging_steps,
+            eval_strategy="steps" if held_out and eval_steps else "no",
+            eval_steps=eval_steps or None,
+            save_strategy="steps",
+            save_steps=save_steps,
+            save_total_limit=args.save_total_limit,
+            load_best_model_at_end=bool(args.early_stopping_patience),
+            metric_for_best_model="eval_loss" if args.early_stopping_patience else None,
+            greater_is_better=False if args.early_stopping_patience else None,
+            seed=args.seed,
+            data_seed=args.seed,
+            report_to="none",
+            use_cpu=not torch.cuda.is_available(),
+            dataloader_pin_memory=torch.cuda.is_available(),
+        ),
+        train_dataset=Dataset.from_list(train_set),
+        eval_dataset=Dataset.from_list(held_out) if held_out else None,
+        processing_class=tokenizer,
+        peft_config=LoraConfig(
+            task_type="CAUSAL_LM",
+            r=args.lora_rank,
+            lora_alpha=args.lora_alpha,
+            lora_dropout=args.lora_dropout,
+            target_modules=targets[0] if targets == ["all-linear"] else targets,
+            use_rslora=args.use_rslora,
+            use_dora=args.use_dora,
+        ),
+        callbacks=[tracker.callback()]
+        + ([EarlyStoppingCallback(args.early_stopping_patience)] if args.early_stopping_patience else []),
+    )
+    training.quiet_progress(trainer)
+    started = time.monotonic()
+    trainer.train(resume_from_checkpoint=str(last_checkpoint) if last_checkpoint else None)
+    seconds = time.monotonic() - started
+    final_loss = next((log["eval_loss"] for log in reversed(trainer.state.log_history) if "eval_loss" in log), None)
+
+    # 4. Save the adapter and the merged model, and prove that both are what was trained.
+    if trainer.is_world_process_zero():
+        trainer.save_state()
+        trainer.save_model(str(partial))
+        training.check_saved_adapter(trainer.model, partial)
+        stage = checkpoints.describe_stage(
+            "sft",
+            arguments=vars(args),
+            seed=args.seed,
+            parent={"path": source.name, "fingerprint": parent_fingerprint["sha256"]},
+            base_model=source.name,
+            data=rows.describe(),
+            precision=str(precision),
+            training={"steps": trainer.state.global_step, "eval_loss": final_loss, "seconds": round(seconds, 1)},
+            wandb={"run_id": tracker.run_id, "group": tracker.group, "url": tracker.url},
+            identity=identity,
+        )
+        checkpoints.write_json(partial / corpus.SPLIT_FILE, rows.training_record())
+        data.write_quarantine(partial / "quarantine.jsonl", rows.rowset.quarantine)
+        del trainer.model, model  # the merge below loads the base again, in fp32
+        difference = training.save_merged(partial, merged, stage, dtype=merged_dtype(args, precision))
+        checkpoints.publish(partial, output)
+        print(f"{merged}: merged in fp32; its logits equal the adapter's within {difference:.1g}")
+        print(
+            f"{output}: adapter, {trainer.state.global_step} updates"
+            + (f", held-out loss {final_loss:.3f}" if final_loss else "")
+        )
+        tracker.artifact(output.name, "adapter", str(output), exclude=("checkpoint-*",))
+        tracker.artifact(merged.name, "model", str(merged))
+        tracker.finish()
+
+
+def identify(args: argparse.Namespace, source: ModelSource, data_sha256: str) -> dict:
+    """What makes two runs the same run: every argument that changes the result, the model and the data."""
+    arguments = {
+        key: value for key, value in vars(args).items() if key not in NOT_IDENTITY and not key.startswith("wandb_")
+    }
+    return {"arguments": arguments, "model": source.name, "data_sha256": data_sha256}
+
+
+def is_finished(output: Path, merged: Path, identity: dict, args: argparse.Namespace) -> bool:
+    """Whether this very run is complete. Raises ``StoneyError`` if another run's output stands in its place."""
+    if args.overwrite or not (output.exists() or merged.exists()):
+        return False
+    stage = checkpoints.read_stage(output) if output.is_dir() else None
+    if stage and stage.get("identity") == json.loads(json.dumps(identity)) and merged.is_dir():
+        return True
+    partial = output.with_name(output.name + ".partial")
+    if not output.exists() and args.resume and partial.is_dir():
+        return False  # killed between writing the merged model and giving the adapter its name
+    taken = output if output.exists() else merged
+    raise StoneyError(f"{taken}: holds another run; choose another --output_dir, or --overwrite to replace it")
+
+
+def open_partial(partial: Path, identity: dict, args: argparse.Namespace, *, is_main: bool) -> Path | None:
+    """Make or reopen the directory of the unfinished run; return its last whole checkpoint.
+
+    Raises ``StoneyError`` if there is one and the user said neither --resume nor --overwrite, or if it was started
+    with other arguments.
+    """
+    import shutil
+
+    record = partial / "identity.json"
+    if partial.exists() and args.overwrite and is_main:
+        shutil.rmtree(partial)
+    if partial.exists():
+        try:
+            before = json.loads(record.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            before = None
+        now = json.loads(json.dumps(identity))
+        if before is not None and before != now and args.resume:
+            changed = [key for key in now["arguments"] if before["arguments"].get(key) != now["arguments"][key]]
+            changed += [key for key in ("model", "data_sha256") if before[key] != now[key]]
+            raise StoneyError(
+                f"--resume: {partial} was started with other values of {', '.join(changed)}; "
+                "give the same ones, or --overwrite to start again"
+            )
+        if not args.resume and is_main:
+            raise StoneyError(f"{partial}: an unfinished run; --resume continues it, --overwrite starts again")
+    if is_main:
+        try:
+            partial.mkdir(parents=True, exist_ok=True)
+            checkpoints.write_json(record, identity)
+        except OSError as error:
+            raise StoneyError(f"--output_dir: cannot write {partial} ({error.strerror}); choose another") from error
+    found = sorted(partial.glob("checkpoint-*"), key=lambda path: int(path.name.rsplit("-", 1)[1]))
+    if args.resume:
+        print(f"{partial}: continuing after {found[-1].name}" if found else "--resume: no checkpoint yet; starting")
+    return found[-1] if found and args.resume else None
+
+
+def tracking_id(partial: Path) -> str | None:
+    """The W&B run that a resumed run continues."""
+    try:
+        return json.loads((partial / "tracking.json").read_text(encoding="utf-8"))["run_id"]
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def accumulation_steps(args: argparse.Namespace, world_size: int) -> int:
+    """Batches accumulated before an update. Raises ``StoneyError`` if --global_batch_size can't be met exactly."""
+    if not args.global_batch_size:
+        return args.gradient_accumulation_steps or 4
+    at_once = args.batch_size * world_size
+    if args.global_batch_size % at_once:
+        below = args.global_batch_size // at_once * at_once
+        raise StoneyError(
+            f"--global_batch_size {args.global_batch_size}: not a multiple of {args.batch_size} rows x {world_size} "
+            f"device(s); nearest: {' or '.join(str(n) for n in (below, below + at_once) if n)}"
+        )
+    return args.global_batch_size // at_once
+
+
+def encode(rows: list, tokenizer: object, ends: set[int], max_length: int) -> tuple[list[dict], str]:
+    """Token ids and labels of ``rows``, cut to ``max_length`` tokens, and a sentence that counts the cuts.
+
+    A row whose answer would be cut away whole is left out.
+    """
+    from tqdm import tqdm
+
+    from stoney_rl import prompts
+
+    examples, cut, dropped = [], 0, 0
+    for row in tqdm(rows, desc="tokens", unit="row", leave=False):
+        example = prompts.encode_example(tokenizer, row.prompt, row.answer, ends)
+        cut += len(example["input_ids"]) > max_length
+        example = {key: values[:max_length] for key, values in example.items()}
+        if any(label != -100 for label in example["labels"]):
+            examples.append(example)
+        else:
+            dropped += 1
+    return examples, f"{cut} longer than {max_length} tokens and cut, {dropped} of them left out"
+
+
+def merged_dtype(args: argparse.Namespace, precision: object) -> object:
+    import torch
+
+    named = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+    return named.get(args.merged_dtype, precision.weights)
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,229 @@
+"""Does tracking work? Asks before any GPU is paid for: sends W&B a metric, a table, an image and an artifact, and reads
+them back.
+
+    python wandb_sample.py
+    python wandb_sample.py --wandb_mode offline
+    python wandb_sample.py --wandb_project my-project --timeout 60
+
+Reads WANDB_API_KEY and the other variables of .env.example, from the environment or from .env; prints where a key was
+found, never the key. Writes one small run: at W&B, or under ./wandb (or WANDB_DIR) if offline.
+
+Exit codes:
+  0  what was asked for works: everything arrived at W&B, or offline was asked for and everything is in the run's files
+  2  bad arguments
+  3  no key was found, so only an offline run was made
+  4  the server did not answer or did not take the key, so only an offline run was made
+  5  something did not arrive, or nothing could be written
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import secrets
+import struct
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from stoney_rl import cli, tracking
+
+EXIT_NO_KEY = 3
+EXIT_NO_SERVER = 4
+EXIT_MISSING = 5
+METRIC, TABLE, IMAGE, ARTIFACT = "sample/metric", "sample/table", "sample/image", "wandb-sample"
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = cli.make_parser(__doc__)
+    parser.add_argument(
+        "--timeout", type=cli.positive_float, default=30.0, help="seconds to wait for the server, and for what was sent"
+    )
+    cli.add_tracking_flags(parser)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = cli.parse_args(build_parser(), argv)
+    tracker = tracking.start(
+        "wandb_sample",
+        {"timeout": args.timeout},
+        mode=args.wandb_mode,
+        project=args.wandb_project,
+        entity=args.wandb_entity,
+        group=args.wandb_group,
+        name=args.wandb_name or "wandb_sample",
+        timeout=args.timeout,
+    )
+    refused = tracker.failures["start"] > 0
+    show("mode", f"{tracker.mode} ({tracker.reason})")
+    if tracker.mode == "disabled":
+        return EXIT_MISSING if refused else 0
+    show("key", f"found: {tracker.key_place}" if tracker.key_place else "none found")
+    show("entity", tracker.entity or "your account's default")
+    show("project", tracker.project)
+    if tracker.mode == "online":
+        show("server", f"{tracker.base_url} answers")
+    elif refused:
+        show("server", tracker.reason)
+
+    mark = secrets.token_hex(8)  # what comes back must be what this very run sent
+    try:
+        sent = send(tracker, mark)
+    except OSError as error:
+        show("sent", f"nothing: {error}")
+        return EXIT_MISSING
+    finally:
+        tracker.finish()
+    if tracker.mode == "online":
+        missing = arrived_online(tracker, mark, sent, args.timeout)
+    else:
+        deadline = time.monotonic() + args.timeout
+        while (missing := written(tracker, mark)) and time.monotonic() < deadline:
+            time.sleep(0.2)  # wandb's own process writes the file
+    for what in ("metric", "table", "image", "artifact"):
+        good = "arrived" if tracker.mode == "online" else "written"
+        show(what, f"NOT {good}: {missing[what]}" if what in missing else good)
+    if tracker.mode == "online":
+        show("look at", tracker.url)
+    else:
+        show("look in", str(tracker.directory))
+        show("upload with", tracker.sync_command)
+    if missing:
+        return EXIT_MISSING
+    if refused:
+        return EXIT_NO_SERVER
+    asked_offline = tracker.mode == "offline" and args.wandb_mode == "offline"
+    return 0 if tracker.mode == "online" or asked_offline or tracker.key_place else no_key(args)
+
+
+def no_key(args: argparse.Namespace) -> int:
+    """0 if the environment asked for offline, else the code for 'no key'."""
+    if args.wandb_mode is None and tracking.decide_mode(None, os.environ, None, "key")[0] == "offline":
+        return 0
+    return EXIT_NO_KEY
+
+
+def show(what: str, text: str | None) -> None:
+    print(f"{what + ':':<13}{text}", flush=True)
+
+
+def send(tracker: tracking.Tracker, mark: str) -> dict[str, Any]:
+    """Log one of each; returns what the read-back needs. The files lie with the run, for a later `wandb sync`."""
+    from PIL import Image
+
+    folder = tracker.directory / "sample"
+    folder.mkdir(parents=True)
+    picture, note = folder / "gradient.png", folder / "note.txt"
+    Image.linear_gradient("L").save(picture)
+    note.write_text(f"An artifact from wandb_sample.py: {mark}\n", encoding="utf-8")
+    for step in range(1, 4):
+        tracker.log({METRIC: step / 2}, step=step)
+    tracker.table(TABLE, ["what", "mark"], [["a row from wandb_sample.py", mark]])
+    tracker.image(IMAGE, picture)
+    reference = tracker.artifact(ARTIFACT, "sample", note)
+    tracker.summary({"sample/mark": mark})
+    return {"picture": picture, "note": note, "reference": reference}
+
+
+def arrived_online(tracker: tracking.Tracker, mark: str, sent: dict[str, Any], timeout: float) -> dict[str, str]:
+    """What cannot be read back from the server within ``timeout`` seconds: {what: why}."""
+    import tempfile
+
+    import wandb
+
+    api = wandb.Api({"base_url": tracker.base_url}, timeout=max(1, round(min(timeout, 10))))
+    path = f"{tracker.entity}/{tracker.project}"
+
+    def download(run: Any, key: str, folder: str) -> bytes:
+        with run.file(run.summary[key]["path"]).download(root=folder, replace=True) as file:
+            return Path(file.name).read_bytes()
+
+    def metric(run: Any, _: str) -> bool:
+        return [row[METRIC] for row in run.history(keys=[METRIC], pandas=False)] == [0.5, 1.0, 1.5]
+
+    def table(run: Any, folder: str) -> bool:
+        return json.loads(download(run, TABLE, folder))["data"][0][1] == mark
+
+    def image(run: Any, folder: str) -> bool:
+        return download(run, IMAGE, folder) == sent["picture"].read_bytes()
+
+    def artifact(_: Any, folder: str) -> bool:
+        found = api.artifact(f"{path}/{sent['reference']}")
+        return (Path(found.download(root=folder)) / "note.txt").read_bytes() == sent["note"].read_bytes()
+
+    missing = dict.fromkeys(("metric", "table", "image", "artifact"), "not looked for")
+    deadline = time.monotonic() + timeout
+    while missing:
+        for check in (metric, table, image, artifact):
+            if check.__name__ not in missing:
+                continue
+            try:
+                api.flush()  # W&B takes a moment to show what it was sent
+                with tempfile.TemporaryDirectory() as folder:
+                    same = check(api.run(f"{path}/{tracker.run_id}"), folder)
+            except Exception as error:
+                missing[check.__name__] = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+                continue
+            if same:
+                del missing[check.__name__]
+            else:
+                missing[check.__name__] = "what came back is not what was sent"
+        if missing and time.monotonic() > deadline:
+            break
+        if missing:
+            time.sleep(0.5)
+    return missing
+
+
+def written(tracker: tracking.Tracker, mark: str) -> dict[str, str]:
+    """What an offline run's files do not hold: {what: why}."""
+    files = tracker.directory / "files"
+    logged: dict[tuple[str, ...], list[Any]] = {}
+    artifacts = []
+    try:
+        for record in offline_records(tracker.directory / f"run-{tracker.run_id}.wandb"):
+            for item in record.history.item:
+                logged.setdefault(tuple(item.nested_key) or (item.key,), []).append(json.loads(item.value_json))
+            if record.artifact.name == ARTIFACT:
+                artifacts += [Path(entry.local_path).read_text("utf-8") for entry in record.artifact.manifest.contents]
+        good = {"metric": logged.get((METRIC,)) == [0.5, 1.0, 1.5], "artifact": any(mark in note for note in artifacts)}
+        for what, key in (("table", TABLE), ("image", IMAGE)):
+            path, digest = (logged.get((key, part), [None])[0] for part in ("path", "sha256"))
+            good[what] = path is not None and hashlib.sha256((files / path).read_bytes()).hexdigest() == digest
+    except (OSError, ValueError) as error:
+        return dict.fromkeys(("metric", "table", "image", "artifact"), f"{type(error).__name__}: {error}")
+    return {what: "not in the run's files" for what, there in good.items() if not there}
+
+
+def offline_records(path: Path) -> Iterator[Any]:
+    """The protobuf records of a .wandb transaction file.
+
+    Its format is LevelDB's log (github.com/google/leveldb/blob/main/doc/log_format.md) behind a 7-byte header: blocks
+    of 32 KiB, chunks of (CRC 4 bytes, length 2, type 1: whole, first, middle, last). Raises ValueError for other files.
+    """
+    from wandb.proto import wandb_internal_pb2
+
+    data = path.read_bytes()
+    if data[:4] != b":W&B":
+        raise ValueError(f"{path} is not a .wandb file")
+    position, partial = 7, b""
+    while position + 7 <= len(data):
+        room = 32768 - position % 32768
+        length, kind = struct.unpack_from("<HB", data, position + 4)
+        if room < 7 or kind == 0:
+            position += room
+            continue
+        partial += data[position + 7 : position + 7 + length]
+        position += 7 + length
+        if kind in (1, 4):
+            record = wandb_internal_pb2.Record()
+            record.ParseFromString(partial)
+            yield record
+            partial = b""
+
+
+if __name__ == "__main__":
+    cli.run(lambda: main(sys.argv[1:]))
