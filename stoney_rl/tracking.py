@@ -395,10 +395,12 @@ class Tracker:
         The step is a metric of its own (``train/global_step``): W&B drops what is logged for a step that has passed,
         which resuming and a late evaluation would both run into.
         """
-        row = {key: redact(value) if isinstance(value, str) else value for key, value in metrics.items()}
-        if step is not None:
-            row[STEP_KEY] = int(step)
-        self._guard("log", lambda: self._run.log(row))
+
+        def send() -> None:
+            row = {key: redact(value) if isinstance(value, str) else value for key, value in metrics.items()}
+            self._run.log(row if step is None else row | {STEP_KEY: int(step)})
+
+        self._guard("log", send)
 
     def summary(self, values: Mapping[str, Any]) -> None:
         """Set the run's final values."""
@@ -491,9 +493,13 @@ class Tracker:
         if self.mode == "online":
             self._in_turn("use_artifact", lambda: self._run.use_artifact(name))
 
-    def finish(self, exit_code: int | None = 0) -> None:
+    def finish(self, exit_code: int = 0) -> None:
         """End the run and wait for its uploads: as long as the server answers (an hour at most, or
-        WANDB_FINISH_TIMEOUT seconds), a minute if it does not. What was not uploaded stays in ``directory``."""
+        WANDB_FINISH_TIMEOUT seconds), a minute if it does not. What was not uploaded stays in ``directory``.
+
+        ``exit_code`` 0 marks the run finished, anything else failed. A process that ends without calling this has
+        failed.
+        """
         if self._run is None:
             return
         run, artifacts = self._run, self._artifacts
@@ -507,7 +513,7 @@ class Tracker:
         done = self._worker.submit(end)
         began = alive = told = time.monotonic()
         try:
-            while not done.wait(5.0):
+            while not done.wait(min(5.0, LOST_SECONDS)):
                 now = time.monotonic()
                 if self.mode == "online" and knock(self.base_url, self._key, 5.0)[0] != "down":
                     alive = now
@@ -655,7 +661,7 @@ class Tracker:
         return result[0] if result else pending
 
     def _at_exit(self) -> None:
-        self.finish(exit_code=None)  # None: wandb knows whether the process ended by an exception
+        self.finish(exit_code=1)  # who does not get to call finish() has failed
 
 
 class _Worker:
@@ -744,13 +750,12 @@ def _end_service() -> None:
         threading.excepthook = quiet_excepthook  # wandb's own threads notice that their service is gone
 
     def end() -> None:
-        import wandb
         from wandb.sdk import wandb_setup
 
         with contextlib.suppress(Exception):
             wandb_setup.singleton()._connection._proc._process.kill()
         with contextlib.suppress(Exception, SystemExit):
-            wandb.teardown()
+            wandb_setup.teardown()
 
     thread = threading.Thread(target=end, daemon=True)
     thread.start()
