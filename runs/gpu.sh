@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# The whole pipeline with its real defaults, on one GPU with 24 GB: DeepSeek-R1-Distill-Qwen-7B on the public rows.
+# Needs: a network, the terms of the dataset accepted on its hub page, and, for tracking, a key in .env.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+# 1. Does tracking work, before the GPU is paid for? (3: no key, the run is kept offline)
+python wandb_sample.py || [ $? -eq 3 ]
+
+# 2. LoRA SFT -> stoney_lora_ckpt/ (adapter) and stoney_lora_merged/
+python train_lora.py --batch_size 4 --resume
+
+# 3. Base, tuned and a memoriser on held-out rows -> evaluation/
+python evaluate_model.py --model_path stoney_lora_merged --baseline base --baseline retrieval --num_samples 400
