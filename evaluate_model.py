@@ -140,7 +140,11 @@ def main(argv: list[str] | None = None) -> None:
     )
     text = summary(results, predictions)
     (partial / "summary.txt").write_text(text + "\n", encoding="utf-8")
-    report.plot(scores, partial / "results.png", title=f"{main_name}: {args.split} split, n = {len(rows)}")
+    report.plot(
+        {name: scores[name] for name in [*list(systems)[1:], main_name]},
+        partial / "results.png",
+        title=f"{main_name}: {args.split} split, n = {len(rows)}",
+    )
     checkpoints.write_json(partial / RESULTS_FILE, results)
     checkpoints.publish(partial, output)
     print(text)
@@ -421,30 +425,35 @@ def table_rows(predictions: dict[str, list[dict]], names: list[str]) -> list[lis
 
 
 def summary(results: dict, predictions: dict[str, list[dict]]) -> str:
-    """What is printed: examples, the table, and a verdict in words."""
+    """What is printed: examples, the table, and the verdict in words. The baselines come first, the model last."""
     from stoney_rl.metrics import report
 
-    names = list(predictions)
-    shown = {name: predictions[name] for name in [*names[1:], names[0]]}  # baselines first, the model last
-    parts = [
+    model_name, *baselines = predictions
+    shown = [*baselines, model_name]
+    lines = [
         "",
-        report.examples_table(shown, n=EXAMPLES, seed=results["seed"]),
+        report.examples_table({name: predictions[name] for name in shown}, n=EXAMPLES, seed=results["seed"]),
         "",
         report.metric_table({name: results["systems"][name] for name in shown}, comparisons=results["comparisons"]),
         "",
     ]
-    for comparison in results["comparisons"]:
-        parts += [report.verdict(comparison, metric=metric) for metric in ("chrf", "form")]
+    if RETRIEVAL in predictions:
+        lines.append(f"{RETRIEVAL}: no model; it repeats the answer of the most similar training question.")
+    lines += [
+        report.verdict(comparison, metric=metric)
+        for comparison in results["comparisons"]
+        for metric in ("chrf", "form")
+    ]
     if results["training_rows_scored"]:
-        parts.append(
+        lines.append(
             f"Training rows among these: {results['training_rows_scored']}. The numbers show memory, not ability."
         )
     cut = {name: count for name, count in results["truncated"].items() if count}
     if cut:
         limit = results["arguments"]["max_new_tokens"]
         listed = ", ".join(f"{name} {count}" for name, count in cut.items())
-        parts.append(f"Answers cut at {limit} tokens (--max_new_tokens): {listed} of {results['n']}.")
-    return "\n".join(parts)
+        lines.append(f"Answers cut at {limit} tokens (--max_new_tokens): {listed} of {results['n']}.")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

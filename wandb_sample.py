@@ -19,7 +19,6 @@ Exit codes:
 import argparse
 import hashlib
 import json
-import os
 import secrets
 import struct
 import sys
@@ -95,15 +94,7 @@ def main(argv: list[str] | None = None) -> int:
         return EXIT_MISSING
     if refused:
         return EXIT_NO_SERVER
-    asked_offline = tracker.mode == "offline" and args.wandb_mode == "offline"
-    return 0 if tracker.mode == "online" or asked_offline or tracker.key_place else no_key(args)
-
-
-def no_key(args: argparse.Namespace) -> int:
-    """0 if the environment asked for offline, else the code for 'no key'."""
-    if args.wandb_mode is None and tracking.decide_mode(None, os.environ, None, "key")[0] == "offline":
-        return 0
-    return EXIT_NO_KEY
+    return EXIT_NO_KEY if tracking.NO_KEY in tracker.reason else 0
 
 
 def show(what: str, text: str | None) -> None:

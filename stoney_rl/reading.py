@@ -585,7 +585,9 @@ def _read_parquet(file: DataFile) -> Iterator[Record]:
             for batch in pyarrow.parquet.ParquetFile(held).iter_batches(batch_size=1024, use_threads=False):
                 yield from _batch_records(batch, number)
                 number += batch.num_rows
-        except pyarrow.ArrowException as error:
+        except UnicodeDecodeError:
+            raise OSError("a column's name is not UTF-8") from None
+        except (pyarrow.ArrowException, OverflowError) as error:
             raise OSError(plain(error)) from None
 
 

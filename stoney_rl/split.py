@@ -122,7 +122,7 @@ def _units(rows: Sequence["Row"]) -> list[_Unit]:
         mentions = set().union(*(forms[index] for index in members))
         own = frozenset(mentions) if all(forms[index] for index in members) else frozenset()
         for index in members:
-            for message in folded[index]:
+            for message in [*folded[index], *forms[index]]:  # a form can hold another
                 text = _mention_words(message)
                 for at, word in enumerate(text):
                     for length in lengths.get(word, ()):
@@ -255,7 +255,7 @@ class _Assignment:
             if 0 < size <= wanted + slack - got and lost <= _DROPS_PER_GAIN[rank] * size:
                 take(forms, gained, dropped)
         if got == 0 and smallest and 4 * smallest[0] <= self._size(range(len(self.units))):
-            take(*smallest, set())
+            take(smallest[1], smallest[2], set())
         return got
 
     def hold_out_seen(self, wanted: dict[str, int]) -> dict[str, int]:
@@ -397,12 +397,14 @@ def _count_forms(rows: Iterable["Row"]) -> int:
 # The certificate's check: it reads the rows again, by other means than the assignment (plain strings, no word index).
 
 
+_STRAY_MARK = re.compile(r"(^|[^\w\u0300-\u036f]|[\d_])[\u0300-\u036f]+")
 _NO_LETTER = re.compile(r"[^\w'\u0300-\u036f]|[\d_]|''+")
 
 
 def _plain(folded: str) -> str:
     """The words of a folded text with one space around each, in the wide reading of the module's docstring."""
-    return " " + " ".join(w.strip("'").removesuffix("'s") for w in _NO_LETTER.sub(" ", folded).split()) + " "
+    text = _NO_LETTER.sub(" ", _STRAY_MARK.sub(r"\1 ", folded))
+    return " " + " ".join(word.strip("'").removesuffix("'s") for word in text.split()) + " "
 
 
 def _plain_forms(row: "Row") -> list[str]:

@@ -37,6 +37,7 @@ from stoney_rl.errors import StoneyError
 
 DEFAULT_PROJECT = "stoney-rl"
 REDACTED = "[redacted]"
+NO_KEY = "no key found: run `wandb login` or set WANDB_API_KEY"
 STEP_KEY = "train/global_step"
 
 # Seconds. A server that does not answer a one-line query in KNOCK is not one to wait for; START bounds the whole of an
@@ -50,7 +51,7 @@ FINISH_SECONDS = 3600.0
 
 _active: list["Tracker"] = []
 _MODES = {"online": "online", "run": "online", "offline": "offline", "dryrun": "offline", "disabled": "disabled"}
-_NEVER_UPLOADED = (".env", ".env.*", ".netrc", "_netrc", "*.pem", "id_rsa*", "id_ed25519*", ".git/*", "__pycache__/*")
+_NEVER_UPLOADED = (".env", ".env.*", ".netrc", "_netrc", "*.pem", "id_rsa*", "id_ed25519*", ".git", "__pycache__")
 _WANDB_HOSTS = ("api.wandb.ai", "api.forge.coreweave.com", "forge.coreweave.com")
 
 
@@ -79,8 +80,8 @@ def _redact(value: Any, known: Sequence[str]) -> Any:
         }
     if isinstance(value, list | tuple | set | frozenset):
         return [_redact(item, known) for item in value]
-    if hasattr(value, "item") and getattr(value, "size", None) == 1:  # a numpy scalar
-        return _redact(value.item(), known)
+    if type(value).__module__.split(".")[0] in ("numpy", "torch"):
+        return _redact(value.tolist(), known)
     if hasattr(value, "__dict__") and type(value).__name__ == "Namespace":
         return _redact(vars(value), known)
     return _scrub(str(value), known)
@@ -214,8 +215,7 @@ def decide_mode(told: str | None, environ: Mapping[str, str], settings_mode: str
     if mode not in (None, "online"):
         return [mode, by]
     if not key_place:
-        why = "no key found: run `wandb login` or set WANDB_API_KEY"
-        return ["offline", f"{by}: online, but {why}" if mode else why]
+        return ["offline", f"{by}: online, but {NO_KEY}" if mode else NO_KEY]
     return ["online", f"key from {key_place}"]
 
 
@@ -591,7 +591,7 @@ class Tracker:
             "init_timeout": timeout,
             "finish_timeout": limit,
             "silent": True,
-            "x_disable_meta": any(value in arg for arg in sys.argv for value in secret_values()),
+            "x_disable_meta": any(redact(arg) != arg for arg in sys.argv),
         }
         outcome: list[Any] = []
         abandoned = threading.Event()
@@ -604,7 +604,7 @@ class Tracker:
                 return
             outcome.append(run)
             if abandoned.is_set():
-                run.finish(exit_code=1)
+                self._attempt("start", lambda: run.finish(exit_code=1))
 
         thread = threading.Thread(target=init, daemon=True)
         thread.start()

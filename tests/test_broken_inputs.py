@@ -403,6 +403,14 @@ def _unchecked(pa, values: list[bytes]):
     return pa.StringArray.from_buffers(len(array), array.buffers()[1], array.buffers()[2])
 
 
+def test_parquet_column_name_that_is_not_utf8(tmp_path):
+    path = tmp_path / "rows.parquet"
+    parquet(path, {"question": ["q"], "answer": ["a"], "remarks": ["r"]})
+    path.write_bytes(path.read_bytes().replace(b"remarks", b"rem\x94rks"))
+    with pytest.raises(StoneyError, match=r"rows.parquet can't be read: a column's name is not UTF-8"):
+        load_rows(path)
+
+
 def test_parquet_column_of_numbers(tmp_path):
     path = tmp_path / "rows.parquet"
     parquet(path, {"question": [1, 2], "answer": ["a", "b"]})

@@ -318,7 +318,7 @@ def test_compare_and_verdict_better_worse_and_unclear():
     expected = [sacrebleu_score([r["prediction"] for r in rows], [r["reference"] for r in rows]) for rows in unseen]
     assert chrf_entry["difference"] == expected[1] - expected[0]
     sentence = report.verdict(better)
-    assert sentence.startswith("On lexemes never trained on, the tuned model is better than the base by ")
+    assert sentence.startswith("On lexemes never trained on, tuned is better than base by ")
     assert f"{chrf_entry['difference']:.1f} chrF++ points (95% interval {chrf_entry['low']:.1f} to " in sentence
     assert sentence.endswith("n = 48): the difference is not chance.")
 
@@ -329,7 +329,7 @@ def test_compare_and_verdict_better_worse_and_unclear():
     )
     low, high = -mirrored["high"], -mirrored["low"]
     assert (
-        f"the tuned model is worse than the base by 0.67 in form accuracy (95% interval {low:.2f} to {high:.2f}, n = 48)"
+        f"tuned is worse than base by 0.67 in form accuracy (95% interval {low:.2f} to {high:.2f}, n = 48)"
         in report.verdict(worse, metric="form")
     )
     assert "n = 96 in 48 lexeme groups" in report.verdict(worse, group="all", metric="form")
@@ -340,7 +340,7 @@ def test_compare_and_verdict_better_worse_and_unclear():
         assert entry["low"] < 0 < entry["high"]
     once = prediction_rows(96, right=lambda index: index == 1)
     unclear = report.verdict(report.compare(base, once, seed=0, resamples=1000), metric="exact")
-    assert "differs from the base by +0.02 in exact match" in unclear
+    assert "differs from base by +0.02 in exact match" in unclear
     assert "it may be chance" in unclear
     assert "not chance" not in unclear
 

@@ -3,6 +3,8 @@
 import importlib.machinery
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -11,6 +13,7 @@ import time
 import types
 from pathlib import Path
 
+import numpy as np
 import pytest
 from wandb_stub import WandbStub
 
@@ -112,6 +115,8 @@ def test_redact_takes_secrets_out_and_leaves_the_rest():
         "commit": "0123456789abcdef0123456789abcdef01234567",
         f"by {KEY}": 1,
         "short word stays": "short",
+        "score": np.float32(0.5),
+        "scores": np.array([1, 2]),
     }
     assert tracking.redact(given, environ) == {
         "lr": 1e-3,
@@ -125,6 +130,8 @@ def test_redact_takes_secrets_out_and_leaves_the_rest():
         "commit": "0123456789abcdef0123456789abcdef01234567",
         "by [redacted]": 1,
         "short word stays": "short",
+        "score": 0.5,
+        "scores": [1, 2],
     }
 
 
@@ -137,7 +144,7 @@ def test_artifact_files_leave_out_what_is_excluded_and_what_keeps_secrets(tmp_pa
     monkeypatch.setenv("HF_TOKEN", HUB_TOKEN)
     root = tmp_path / "checkpoint"
     for name in ("model.safetensors", "stage.json", "checkpoint-10/model.safetensors", ".env", "deep/.netrc",
-                 "deep/checkpoint-5/a", "deep/er/b.txt", ".git/config", "key.pem"):  # fmt: skip
+                 "deep/checkpoint-5/a", "deep/er/b.txt", "deep/.git/config", "key.pem"):  # fmt: skip
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_text("text")
     (root / "notes.txt").write_text(f"token {HUB_TOKEN}")
@@ -160,6 +167,18 @@ def test_env_file_fills_what_is_not_set(tmp_path, monkeypatch):
     assert os.environ["WANDB_API_KEY"] == KEY and os.environ["WANDB_PROJECT"] == "from-environment"
     assert "WANDB_MODE" not in os.environ and "HF_TOKEN" not in os.environ
     assert tracking.load_env(tmp_path / "elsewhere") == []
+
+
+def test_env_example_explains_every_variable_and_sets_none():
+    from dotenv import dotenv_values
+
+    text = (REPOSITORY / ".env.example").read_text(encoding="utf-8")
+    assert dict(dotenv_values(REPOSITORY / ".env.example")) == {}  # a copy that nobody edits changes nothing
+    source = (REPOSITORY / "stoney_rl/tracking.py").read_text(encoding="utf-8")
+    read = set(re.findall(r"""environ\S*[\[(]"(WANDB_\w+)\"""", source)) - {"WANDB_SERVICE", "WANDB_DISABLED"}
+    assert len(read) > 8
+    wanted = read | {"WANDB_BASE_URL", "HF_TOKEN", "HF_HOME", "HF_HUB_OFFLINE", "HF_ENDPOINT"}
+    assert wanted - set(re.findall(r"^#(\w+)=", text, re.MULTILINE)) == set()
 
 
 def test_unreadable_env_file_is_one_line():
@@ -328,12 +347,17 @@ def test_online_init_that_raises_goes_offline(fake_wandb, monkeypatch, capsys):
 
 def test_init_that_hangs_goes_offline(fake_wandb, monkeypatch):
     monkeypatch.setenv("WANDB_API_KEY", KEY)
-    fake_wandb.behave = lambda mode: threading.Event().wait(60) if mode == "online" else fake_wandb.run
+    release, late = threading.Event(), FakeRun("late")
+    fake_wandb.behave = lambda mode: (release.wait(30) and late) if mode == "online" else fake_wandb.run
     join = threading.Thread.join
     monkeypatch.setattr(threading.Thread, "join", lambda self, timeout=None: join(self, min(timeout or 1, 1)))
     began = time.monotonic()
     tracker = tracking.start("sft", {}, timeout=0.1)
     assert tracker.mode == "offline" and "did not return" in tracker.reason and time.monotonic() - began < 10
+    release.set()
+    while late.exit_code == "not finished" and time.monotonic() - began < 20:
+        time.sleep(0.01)
+    assert late.exit_code == 1 and tracker.mode == "offline"  # the run that came too late is closed, and not used
 
 
 def test_when_even_offline_fails_the_tracker_is_disabled_and_harmless(fake_wandb, capsys, tmp_path):
@@ -467,6 +491,9 @@ USE_EVERYTHING = """
 
 
 def test_online_everything_arrives(tmp_path, stub):
+    # wandb would record the remote of a git repository, and upload what is not committed.
+    for command in ("init -q", f"remote add origin https://user:{KEY}@example.org/x.git"):
+        subprocess.run(["git", *command.split()], cwd=tmp_path / "work", check=True)
     done = run_script(tmp_path, USE_EVERYTHING, KEY, WANDB_BASE_URL=stub.url, WANDB_API_KEY=KEY, PLANTED_KEY=KEY,
                       WANDB_RUN_GROUP="one pipeline")  # fmt: skip
     assert done.returncode == 0 and "REFERENCE my-model:myrun {}" in done.stdout, done.stdout + done.stderr
@@ -484,6 +511,7 @@ def test_online_everything_arrives(tmp_path, stub):
     names = [name for name in stub.storage if "diff.patch" in name or name.startswith("run/myrun/code")]
     assert names == []
     # The key was used to log in, and appears in nothing that was sent or kept.
+    shutil.rmtree(tmp_path / "work/.git")
     assert stub.keys == {KEY}
     sent = b"".join(stub.bodies)
     assert b"0.25" in sent and KEY.encode() not in sent

@@ -185,12 +185,12 @@ def verdict(comparison: dict, *, group: str = "unseen", metric: str = "chrf") ->
         if not better:
             low, high = -high, -low
         return (
-            f"{where}, the {b} model is {'better' if better else 'worse'} than the {a} by "
+            f"{where}, {b} is {'better' if better else 'worse'} than {a} by "
             f"{abs(found['difference']):.{digits}f} {unit} ({confidence} interval {low:.{digits}f} to "
             f"{high:.{digits}f}, {n}): the difference is not chance."
         )
     start = (
-        f"{where}, the {b} model differs from the {a} by {found['difference']:+.{digits}f} {unit} "
+        f"{where}, {b} differs from {a} by {found['difference']:+.{digits}f} {unit} "
         f"({confidence} interval {low:+.{digits}f} to {high:+.{digits}f}, {n})"
     )
     if low > 0 or high < 0:
