@@ -14,18 +14,18 @@ Exit codes: 0 done, 2 bad input, 130 interrupted.
 """
 
 import argparse
-import json
-import random
 import time
 from pathlib import Path
 
-from stoney_rl import checkpoints, cli
+from stoney_rl import checkpoints, cli, runs
 from stoney_rl.errors import StoneyError
 from stoney_rl.models import ModelSource, find_model, resolve_unpublished
 
 DEFAULT_DATASET = "HarleyCooper/StoneyNakoda45k"
 RETRIEVAL = "retrieval"
-RESULTS_FILE, PREDICTIONS_FILE = "results.json", "predictions.jsonl"
+RESULTS_FILE, SUMMARY_FILE = "results.json", "summary.txt"
+# Arguments that change nothing in the result.
+NOT_IDENTITY = {"overwrite", "config", "batch_size", "output_dir", "model_path", "baseline"}
 EXAMPLES = 10
 
 
@@ -73,7 +73,7 @@ def main(argv: list[str] | None = None) -> None:
     source = find_model(model_name)
     for line in checkpoints.lineage(Path(source.name)):
         print(f"  {line}")
-    systems = {short_name(source.name): source}
+    systems: dict[str, ModelSource | Path | str] = {short_name(source.name): source}
     for baseline in args.baseline:
         name, baseline_source = find_baseline(baseline, source)
         if name in systems:
@@ -81,21 +81,37 @@ def main(argv: list[str] | None = None) -> None:
         systems[name] = baseline_source
 
     # 2. The rows: split as in training, none of them trained on.
-    corpus_, rows, seen, record = select_rows(args, source)
-    settings = {
-        "model": describe_system(source),
-        "baselines": {name: describe_system(system) for name, system in list(systems.items())[1:]},
-        "data_sha256": corpus_.rowset.sha256,
-        **{key: getattr(args, key) for key in ("split", "num_samples", "seed", "resamples", "max_new_tokens", "dtype")},
-    }
+    from stoney_rl import corpus, data, predictions
+
+    held_out = corpus.held_out(
+        source.name,
+        args.split,
+        dataset=args.dataset,
+        default_dataset=DEFAULT_DATASET,
+        revision=args.dataset_revision,
+        num_samples=args.num_samples,
+        seed=args.seed,
+        split_seed=args.split_seed,
+        test_fraction=args.test_fraction,
+        validation_fraction=args.validation_fraction,
+    )
+    print(data.describe(held_out.corpus.rowset), *held_out.notes, sep="\n")
     output = Path(args.output_dir or Path("evaluation") / f"{short_name(source.name)}-{args.split}")
-    if show_finished(output, settings, args):
+    identity = runs.identify(
+        vars(args),
+        NOT_IDENTITY,
+        systems={name: describe_system(system) for name, system in systems.items()},
+        data_sha256=held_out.corpus.rowset.sha256,
+    )
+    if runs.is_finished([output], identity, overwrite=args.overwrite, record=RESULTS_FILE):
+        print((output / SUMMARY_FILE).read_text(encoding="utf-8"))
+        print(f"{output}/: evaluated with these settings already (--overwrite evaluates again)")
         return
-    partial = open_partial(output, settings, args)
+    partial = runs.open_partial(output, identity, resume=True, overwrite=args.overwrite)
 
     # 3. One pass of generation for each system.
     from stoney_rl import tracking
-    from stoney_rl.metrics import report
+    from stoney_rl.metrics import report, retrieval
 
     tracker = tracking.start(
         "evaluate_model",
@@ -103,23 +119,52 @@ def main(argv: list[str] | None = None) -> None:
         mode=args.wandb_mode,
         project=args.wandb_project,
         entity=args.wandb_entity,
-        group=args.wandb_group or ((checkpoints.read_stage(Path(source.name)) or {}).get("wandb") or {}).get("group"),
+        group=args.wandb_group or checkpoints.group_of(source.name),
         name=args.wandb_name or output.name,
     )
     tracker.use_artifact(short_name(source.name))
-    predictions, timings = {}, {}
-    for position, (name, system) in enumerate(systems.items()):
+    answers, seconds = {}, {}
+    for name, system in systems.items():
         started = time.monotonic()
-        folder = partial if position == 0 else partial / "baselines" / name
-        predictions[name] = predict(name, system, rows, seen, corpus_, folder, args)
-        timings[name] = round(time.monotonic() - started, 1)
+        folder = partial if system is source else partial / "baselines" / name
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / predictions.PREDICTIONS_FILE
+        done = predictions.read(path)
+        todo = [row for row in held_out.rows if row.id not in done]
+        if done and todo:
+            print(f"{name}: {len(done)} answers are there already, {len(todo)} to go")
+        if isinstance(system, Path):
+            predictions.from_earlier(system, todo, path)
+        elif system == RETRIEVAL:
+            found = retrieval.retrieve_answers(held_out.corpus.split.train, [row.question for row in todo])
+            predictions.append(
+                path,
+                [
+                    predictions.record(row, text, held_out.seen.get(row.id))
+                    for row, text in zip(todo, found, strict=True)
+                ],
+            )
+        elif todo:
+            predictions.from_model(
+                name,
+                system,
+                todo,
+                held_out.seen,
+                path,
+                dtype=args.dtype,
+                max_new_tokens=args.max_new_tokens,
+                batch_size=args.batch_size,
+            )
+        done = predictions.read(path)
+        answers[name] = [done[row.id] for row in held_out.rows]
+        seconds[name] = round(time.monotonic() - started, 1)
 
     # 4. Scores, comparisons, and what a person reads.
-    scores = {name: report.score(predictions[name], seed=args.seed, resamples=args.resamples) for name in systems}
+    scores = {name: report.score(answers[name], seed=args.seed, resamples=args.resamples) for name in systems}
     main_name = next(iter(systems))
     comparisons = [
         report.compare(
-            predictions[name], predictions[main_name], seed=args.seed, resamples=args.resamples, names=(name, main_name)
+            answers[name], answers[main_name], seed=args.seed, resamples=args.resamples, names=(name, main_name)
         )
         for name in list(systems)[1:]
     ]
@@ -127,28 +172,28 @@ def main(argv: list[str] | None = None) -> None:
         "evaluation",
         arguments=vars(args),
         seed=args.seed,
-        settings=settings,
+        identity=identity,
         lineage=checkpoints.lineage(Path(source.name)),
-        data=corpus_.describe() | {"certificate": corpus_.split.certificate},
-        training_rows_scored=count_trained(rows, record, args.split),
-        n=len(rows),
+        data=held_out.corpus.describe() | {"certificate": held_out.corpus.split.certificate},
+        training_rows_scored=held_out.trained,
+        n=len(held_out.rows),
         systems=scores,
         comparisons=comparisons,
-        truncated={name: sum(row["truncated"] for row in predictions[name]) for name in systems},
-        seconds=timings,
+        truncated={name: sum(row["truncated"] for row in answers[name]) for name in systems},
+        seconds=seconds,
         wandb={"run_id": tracker.run_id, "group": tracker.group, "url": tracker.url},
     )
-    text = summary(results, predictions)
-    (partial / "summary.txt").write_text(text + "\n", encoding="utf-8")
+    text = summary(results, answers)
+    (partial / SUMMARY_FILE).write_text(text + "\n", encoding="utf-8")
     report.plot(
         {name: scores[name] for name in [*list(systems)[1:], main_name]},
         partial / "results.png",
-        title=f"{main_name}: {args.split} split, n = {len(rows)}",
+        title=f"{main_name}: {args.split} split, n = {len(held_out.rows)}",
     )
     checkpoints.write_json(partial / RESULTS_FILE, results)
     checkpoints.publish(partial, output)
     print(text)
-    print(f"\n{output}/: {RESULTS_FILE}, {PREDICTIONS_FILE}, summary.txt, results.png")
+    print(f"\n{output}/: {RESULTS_FILE}, {predictions.PREDICTIONS_FILE}, {SUMMARY_FILE}, results.png")
 
     for name, score in scores.items():
         for group, metrics in score["groups"].items():
@@ -156,7 +201,7 @@ def main(argv: list[str] | None = None) -> None:
                 if entry["value"] is not None:
                     tracker.log({f"{name}/{group}/{metric}": entry["value"]})
     columns = ["id", "seen", "prompt", "reference", *systems]
-    tracker.table("predictions", columns, table_rows(predictions, columns[4:]))
+    tracker.table("predictions", columns, table_rows(answers, columns[4:]))
     tracker.image("results", output / "results.png")
     tracker.artifact(output.name, "evaluation", str(output))
     tracker.finish()
@@ -178,8 +223,6 @@ def find_baseline(baseline: str, source: ModelSource) -> tuple[str, "ModelSource
         return short_name(base), find_model(base)
     path = Path(baseline)
     if path.is_dir() and (path / RESULTS_FILE).exists():
-        if not (path / PREDICTIONS_FILE).exists():
-            raise StoneyError(f"--baseline {baseline}: has {RESULTS_FILE} but no {PREDICTIONS_FILE}; evaluate it again")
         return path.name, path
     return short_name(baseline), find_model(resolve_unpublished(baseline)[0])
 
@@ -192,262 +235,45 @@ def describe_system(system: "ModelSource | Path | str") -> dict:
     return {"path": str(system), "fingerprint": None}
 
 
-def select_rows(args: argparse.Namespace, source: ModelSource) -> tuple["corpus.Corpus", list, dict, dict | None]:  # noqa: F821
-    """The corpus, the rows to evaluate, which of them are seen, and the training record of the model, if any.
-
-    Raises ``StoneyError`` if a row of a held-out split was trained on.
-    """
-    from stoney_rl import corpus, data
-
-    stage = checkpoints.read_stage(Path(source.name)) if Path(source.name).is_dir() else None
-    trained_on = (stage or {}).get("data") or {}
-    dataset = args.dataset or trained_on.get("source") or DEFAULT_DATASET
-    defaults = {"seed": 0, "test_fraction": 0.1, "validation_fraction": 0.05} | trained_on.get("split", {})
-    asked = {
-        "seed": args.split_seed,
-        "test_fraction": args.test_fraction,
-        "validation_fraction": args.validation_fraction,
-    }
-    for key, value in asked.items():
-        if value is not None:
-            if (
-                key in trained_on.get("split", {})
-                and value != trained_on["split"][key]
-                and dataset == trained_on["source"]
-            ):
-                flag = "--split_seed" if key == "seed" else f"--{key}"
-                raise StoneyError(
-                    f"{flag} {value}: the checkpoint was trained with {trained_on['split'][key]}; leave it out"
-                )
-            defaults[key] = value
-    prepared = corpus.prepare(dataset, revision=args.dataset_revision, **defaults)
-    print(data.describe(prepared.rowset))
-    split = prepared.split
-    record_path = Path(source.name) / corpus.SPLIT_FILE
-    record = json.loads(record_path.read_text(encoding="utf-8")) if record_path.exists() else None
-    seen = dict(split.seen)
-    parts = {"test": split.test, "validation": split.validation, "train": split.train}
-    rows = [*split.train, *split.validation, *split.test] if args.split == "all" else parts[args.split]
-    same_data = record is None or record["certificate"]["ids_sha256"] == split.certificate["ids_sha256"]
-    if not same_data:
-        print(f"{dataset}: other rows than {source.name} was trained on; seen and unseen go by its training lexemes")
-        known = set(record["training_lexemes"])
-        seen = {row.id: any(corpus.form_hash(form) in known for form in row.lexemes) for row in rows}
-    if args.split not in ("train", "all"):
-        trained = corpus.trained_rows(rows, record) if record else []
-        if trained and same_data:
-            raise StoneyError(
-                f"{dataset}: {len(trained)} of the {args.split} rows were trained on; the split is broken"
-            )
-        if trained:
-            print(f"{dataset}: {len(trained)} rows were trained on and are left out")
-            rows = [row for row in rows if row not in trained]
-    else:
-        print(f"--split {args.split}: these are rows that a model was or may be trained on; the numbers show memory")
-        seen |= {row.id: True for row in split.train}
-    if not rows:
-        raise StoneyError(f"{dataset}: no row is left in the {args.split} split; choose another split or more data")
-    return prepared, draw(rows, seen, args.num_samples, args.seed), seen, record
-
-
-def draw(rows: list, seen: dict, number: int | None, seed: int) -> list:
-    """``number`` of the rows at random, seen and unseen in proportion, in their first order."""
-    if number is None or number >= len(rows):
-        if number and number > len(rows):
-            print(f"--num_samples {number}: the split has {len(rows)} rows; all of them are used")
-        return rows
-    generator = random.Random(seed)
-    groups = [[row for row in rows if not seen.get(row.id)], [row for row in rows if seen.get(row.id)]]
-    share = [round(number * len(groups[0]) / len(rows))]
-    share.append(number - share[0])
-    chosen = {row.id for group, size in zip(groups, share, strict=True) for row in generator.sample(group, size)}
-    return [row for row in rows if row.id in chosen]
-
-
-def count_trained(rows: list, record: dict | None, split: str) -> int | str:
-    """How many of the evaluated rows the model was trained on; 'unknown' for a model without a training record."""
-    from stoney_rl import corpus
-
-    if record is None:
-        return 0 if split in ("test", "validation") else "unknown"
-    return len(corpus.trained_rows(rows, record))
-
-
-def show_finished(output: Path, settings: dict, args: argparse.Namespace) -> bool:
-    """Print the summary of an earlier run with these settings. Raises ``StoneyError`` if another run's results stand there."""
-    if args.overwrite or not output.exists():
-        return False
-    try:
-        before = json.loads((output / RESULTS_FILE).read_text(encoding="utf-8"))["settings"]
-    except (OSError, ValueError, KeyError):
-        before = None
-    if before != json.loads(json.dumps(settings)):
-        raise StoneyError(f"{output}: holds other results; choose another --output_dir, or --overwrite to replace them")
-    print((output / "summary.txt").read_text(encoding="utf-8"))
-    print(f"{output}/: evaluated with these settings already (--overwrite evaluates again)")
-    return True
-
-
-def open_partial(output: Path, settings: dict, args: argparse.Namespace) -> Path:
-    """The directory of the unfinished evaluation; predictions of an interrupted run with other settings are dropped."""
-    import shutil
-
-    partial = output.with_name(output.name + ".partial")
-    marker = partial / "settings.json"
-    wanted = json.loads(json.dumps(settings))
-    try:
-        same = json.loads(marker.read_text(encoding="utf-8")) == wanted
-    except (OSError, ValueError):
-        same = False
-    try:
-        if partial.exists() and (args.overwrite or not same):
-            shutil.rmtree(partial)
-        partial.mkdir(parents=True, exist_ok=True)
-        checkpoints.write_json(marker, wanted)
-    except OSError as error:
-        raise StoneyError(f"--output_dir: cannot write {partial} ({error.strerror}); choose another") from error
-    return partial
-
-
-def predict(
-    name: str,
-    system: "ModelSource | Path | str",
-    rows: list,
-    seen: dict,
-    corpus_: object,
-    folder: Path,
-    args: argparse.Namespace,
-) -> list[dict]:
-    """One system's answers to ``rows``, as prediction records, from where an interrupted run stopped."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / PREDICTIONS_FILE
-    done = read_predictions(path)
-    todo = [row for row in rows if row.id not in done]
-    if isinstance(system, Path):
-        earlier = read_predictions(system / PREDICTIONS_FILE)
-        missing = [row.id for row in todo if row.id not in earlier]
-        if missing:
-            raise StoneyError(f"--baseline {system}: no answer to {len(missing)} of these rows, such as {missing[0]}")
-        append_predictions(path, [earlier[row.id] for row in todo])
-    elif system == RETRIEVAL:
-        from stoney_rl.metrics import retrieval
-
-        answers = retrieval.retrieve_answers(corpus_.split.train, [row.question for row in todo])
-        append_predictions(path, [prediction(row, text, seen) for row, text in zip(todo, answers, strict=True)])
-    elif todo:
-        if done:
-            print(f"{name}: {len(done)} answers are there already, {len(todo)} to go")
-        generate_predictions(name, system, todo, seen, path, args)
-    done = read_predictions(path)
-    return [done[row.id] for row in rows]
-
-
-def generate_predictions(
-    name: str, system: ModelSource, rows: list, seen: dict, path: Path, args: argparse.Namespace
-) -> None:
-    from tqdm import tqdm
-
-    from stoney_rl import generation, models, prompts
-
-    tokenizer = models.load_tokenizer(system)
-    prompts.prepare_tokenizer(tokenizer)
-    model = models.load_model(system, models.inference_dtype(args.dtype))
-    if Path(system.name).is_dir():
-        checkpoints.check_fingerprint(Path(system.name), model)
-    model.to(models.device())
-    encoded = [prompts.encode_prompt(tokenizer, row.prompt) for row in rows]
-    batches = generation.generate(
-        model,
-        tokenizer,
-        encoded,
-        ends=prompts.end_of_turn_ids(tokenizer),
-        max_new_tokens=args.max_new_tokens,
-        batch_size=args.batch_size,
-    )
-    with tqdm(total=len(rows), desc=f"{name}: answers", unit="row") as bar:
-        for batch in batches:
-            append_predictions(
-                path, [prediction(rows[c.index], c.text, seen, tokens=c.tokens, truncated=c.truncated) for c in batch]
-            )
-            bar.update(len(batch))
-
-
-def prediction(row: object, text: str, seen: dict, *, tokens: int | None = None, truncated: bool = False) -> dict:
-    from stoney_rl import lexemes
-
-    return {
-        "id": row.id,
-        "prompt": row.question,
-        "reference": row.answer,
-        "prediction": text,
-        "seen": seen.get(row.id),
-        "forms": lexemes.target_forms(row) or None,
-        "lexemes": row.lexemes,
-        "tokens": tokens,
-        "truncated": truncated,
-    }
-
-
-def append_predictions(path: Path, records: list[dict]) -> None:
-    with path.open("a", encoding="utf-8") as file:
-        file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-
-
-def read_predictions(path: Path) -> dict[str, dict]:
-    """Whole lines of a predictions file by row id; a last line cut by a kill is cut off the file too."""
-    if not path.exists():
-        return {}
-    content = path.read_bytes()
-    whole = content[: content.rfind(b"\n") + 1]
-    if len(whole) < len(content):
-        path.write_bytes(whole)
-    try:
-        records = [json.loads(line) for line in whole.decode("utf-8").splitlines() if line]
-        return {record["id"]: record for record in records}
-    except (ValueError, KeyError, TypeError) as error:
-        raise StoneyError(
-            f"{path}: not a predictions file ({error!r}); delete it or choose another directory"
-        ) from error
-
-
-def table_rows(predictions: dict[str, list[dict]], names: list[str]) -> list[list]:
-    first = predictions[names[0]]
+def table_rows(answers: dict[str, list[dict]], names: list[str]) -> list[list]:
+    first = answers[names[0]]
     return [
         [
             row["id"],
             row["seen"],
             row["prompt"],
             row["reference"],
-            *(predictions[name][i]["prediction"] for name in names),
+            *(answers[name][i]["prediction"] for name in names),
         ]
         for i, row in enumerate(first)
     ]
 
 
-def summary(results: dict, predictions: dict[str, list[dict]]) -> str:
+def summary(results: dict, answers: dict[str, list[dict]]) -> str:
     """What is printed: examples, the table, and the verdict in words. The baselines come first, the model last."""
     from stoney_rl.metrics import report
 
-    model_name, *baselines = predictions
+    model_name, *baselines = answers
     shown = [*baselines, model_name]
     lines = [
         "",
-        report.examples_table({name: predictions[name] for name in shown}, n=EXAMPLES, seed=results["seed"]),
+        report.examples_table({name: answers[name] for name in shown}, n=EXAMPLES, seed=results["seed"]),
         "",
         report.metric_table({name: results["systems"][name] for name in shown}, comparisons=results["comparisons"]),
         "",
     ]
-    if RETRIEVAL in predictions:
+    if RETRIEVAL in answers:
         lines.append(f"{RETRIEVAL}: no model; it repeats the answer of the most similar training question.")
     lines += [
         report.verdict(comparison, metric=metric)
         for comparison in results["comparisons"]
         for metric in ("chrf", "form")
     ]
-    if results["training_rows_scored"]:
-        lines.append(
-            f"Training rows among these: {results['training_rows_scored']}. The numbers show memory, not ability."
-        )
+    split = results["arguments"]["split"]
+    if split in ("train", "all"):
+        trained = results["training_rows_scored"]
+        count = "an unknown number" if trained is None else trained
+        lines.append(f"--split {split}: {count} of these rows were trained on. The numbers show memory, not ability.")
     cut = {name: count for name, count in results["truncated"].items() if count}
     if cut:
         limit = results["arguments"]["max_new_tokens"]

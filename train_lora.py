@@ -13,19 +13,17 @@ Exit codes: 0 done, 2 bad input, 130 interrupted.
 """
 
 import argparse
-import json
 import math
 import os
-import sys
 import time
 from pathlib import Path
 
-from stoney_rl import checkpoints, cli
+from stoney_rl import checkpoints, cli, runs
 from stoney_rl.errors import StoneyError
-from stoney_rl.models import DEFAULT_MODEL, ModelSource, check_4bit, find_model, resolve_unpublished
+from stoney_rl.models import DEFAULT_MODEL, check_4bit, find_model, resolve_unpublished
 
 DEFAULT_DATASET = "HarleyCooper/StoneyNakoda45k"
-# Where a run continues: arguments that may differ between the run and its --resume.
+# Arguments that change nothing in the result: they may differ between a run and its --resume.
 NOT_IDENTITY = {
     "resume",
     "overwrite",
@@ -159,34 +157,15 @@ def check_args(args: argparse.Namespace) -> None:
     problems.raise_if_any()
 
 
-def relaunch_on_gpus(args: argparse.Namespace) -> None:
-    """Replace this process by torchrun with one process a GPU. Raises ``StoneyError`` if there are too few GPUs."""
-    import torch
-
-    available = torch.cuda.device_count()
-    wanted = args.num_gpus or available
-    if wanted > available or not available:
-        raise StoneyError(
-            f"--multi_gpu: {args.num_gpus or 'some'} GPUs asked for, {available} found on this machine; "
-            + (f"use --num_gpus {available}" if available else "leave out --multi_gpu to train on the CPU")
-        )
-    sys.stdout.flush()
-    os.execv(
-        sys.executable,
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={wanted}", *sys.argv],
-    )
-
-
 def main(argv: list[str] | None = None) -> None:
     args = cli.parse_args(build_parser(), argv)
     check_args(args)
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     if args.multi_gpu and "WORLD_SIZE" not in os.environ:
-        relaunch_on_gpus(args)
+        runs.relaunch_on_gpus(args.num_gpus)
     elif world_size == 1:  # TRL refuses DataParallel: without torchrun, one GPU
         os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
-    is_main = os.environ.get("RANK", "0") == "0"
-    say = print if is_main else (lambda *_: None)
+    say = print if runs.is_main() else (lambda *_: None)
 
     # 1. What is there: the model, the rows, an earlier run.
     model_name, notice = resolve_unpublished(args.model)
@@ -201,18 +180,20 @@ def main(argv: list[str] | None = None) -> None:
     rows = corpus.prepare(
         args.dataset,
         revision=args.dataset_revision,
-        seed=args.split_seed,
+        split_seed=args.split_seed,
         test_fraction=args.test_fraction,
         validation_fraction=args.validation_fraction,
     )
     say(data.describe(rows.rowset))
     output, merged = Path(args.output_dir), Path(args.merged_dir)
-    partial = output.with_name(output.name + ".partial")
-    identity = identify(args, source, rows.rowset.sha256)
-    if is_finished(output, merged, identity, args):
+    identity = runs.identify(vars(args), NOT_IDENTITY, model=source.name, data_sha256=rows.rowset.sha256)
+    if runs.is_finished([output, merged], identity, overwrite=args.overwrite):
         say(f"{output} and {merged}: trained with these arguments on this data already (--overwrite trains again)")
         return
-    last_checkpoint = open_partial(partial, identity, args, is_main=is_main)
+    partial = runs.open_partial(output, identity, resume=args.resume, overwrite=args.overwrite)
+    last_checkpoint = runs.last_checkpoint(partial)
+    if args.resume:
+        say(f"--resume: continuing after {last_checkpoint}" if last_checkpoint else "--resume: nothing yet; starting")
 
     # 2. Model, tokenizer, tokens.
     import torch
@@ -260,12 +241,12 @@ def main(argv: list[str] | None = None) -> None:
         mode=args.wandb_mode,
         project=args.wandb_project,
         entity=args.wandb_entity,
-        group=args.wandb_group or ((checkpoints.read_stage(Path(source.name)) or {}).get("wandb") or {}).get("group"),
+        group=args.wandb_group or runs.tracked_run(partial).get("group") or checkpoints.group_of(source.name),
         name=args.wandb_name or output.name,
-        resume_id=tracking_id(partial),
+        resume_id=runs.tracked_run(partial).get("run_id"),
     )
-    if is_main:
-        checkpoints.write_json(partial / "tracking.json", {"run_id": tracker.run_id, "group": tracker.group})
+    if runs.is_main():
+        checkpoints.write_json(partial / runs.TRACKING_FILE, {"run_id": tracker.run_id, "group": tracker.group})
 
     # 3. Train.
     targets = args.lora_target_modules
@@ -356,74 +337,6 @@ def main(argv: list[str] | None = None) -> None:
         tracker.artifact(output.name, "adapter", str(output), exclude=("checkpoint-*",))
         tracker.artifact(merged.name, "model", str(merged))
         tracker.finish()
-
-
-def identify(args: argparse.Namespace, source: ModelSource, data_sha256: str) -> dict:
-    """What makes two runs the same run: every argument that changes the result, the model and the data."""
-    arguments = {
-        key: value for key, value in vars(args).items() if key not in NOT_IDENTITY and not key.startswith("wandb_")
-    }
-    return {"arguments": arguments, "model": source.name, "data_sha256": data_sha256}
-
-
-def is_finished(output: Path, merged: Path, identity: dict, args: argparse.Namespace) -> bool:
-    """Whether this very run is complete. Raises ``StoneyError`` if another run's output stands in its place."""
-    if args.overwrite or not (output.exists() or merged.exists()):
-        return False
-    stage = checkpoints.read_stage(output) if output.is_dir() else None
-    if stage and stage.get("identity") == json.loads(json.dumps(identity)) and merged.is_dir():
-        return True
-    partial = output.with_name(output.name + ".partial")
-    if not output.exists() and args.resume and partial.is_dir():
-        return False  # killed between writing the merged model and giving the adapter its name
-    taken = output if output.exists() else merged
-    raise StoneyError(f"{taken}: holds another run; choose another --output_dir, or --overwrite to replace it")
-
-
-def open_partial(partial: Path, identity: dict, args: argparse.Namespace, *, is_main: bool) -> Path | None:
-    """Make or reopen the directory of the unfinished run; return its last whole checkpoint.
-
-    Raises ``StoneyError`` if there is one and the user said neither --resume nor --overwrite, or if it was started
-    with other arguments.
-    """
-    import shutil
-
-    record = partial / "identity.json"
-    if partial.exists() and args.overwrite and is_main:
-        shutil.rmtree(partial)
-    if partial.exists():
-        try:
-            before = json.loads(record.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            before = None
-        now = json.loads(json.dumps(identity))
-        if before is not None and before != now and args.resume:
-            changed = [key for key in now["arguments"] if before["arguments"].get(key) != now["arguments"][key]]
-            changed += [key for key in ("model", "data_sha256") if before[key] != now[key]]
-            raise StoneyError(
-                f"--resume: {partial} was started with other values of {', '.join(changed)}; "
-                "give the same ones, or --overwrite to start again"
-            )
-        if not args.resume and is_main:
-            raise StoneyError(f"{partial}: an unfinished run; --resume continues it, --overwrite starts again")
-    if is_main:
-        try:
-            partial.mkdir(parents=True, exist_ok=True)
-            checkpoints.write_json(record, identity)
-        except OSError as error:
-            raise StoneyError(f"--output_dir: cannot write {partial} ({error.strerror}); choose another") from error
-    found = sorted(partial.glob("checkpoint-*"), key=lambda path: int(path.name.rsplit("-", 1)[1]))
-    if args.resume:
-        print(f"{partial}: continuing after {found[-1].name}" if found else "--resume: no checkpoint yet; starting")
-    return found[-1] if found and args.resume else None
-
-
-def tracking_id(partial: Path) -> str | None:
-    """The W&B run that a resumed run continues."""
-    try:
-        return json.loads((partial / "tracking.json").read_text(encoding="utf-8"))["run_id"]
-    except (OSError, ValueError, KeyError):
-        return None
 
 
 def accumulation_steps(args: argparse.Namespace, world_size: int) -> int:

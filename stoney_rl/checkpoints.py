@@ -116,6 +116,12 @@ def read_stage(directory: Path) -> dict | None:
     return content
 
 
+def group_of(name: str) -> str | None:
+    """The W&B group of the run that made the checkpoint directory ``name``; None for other models."""
+    stage = read_stage(Path(name)) if Path(name).is_dir() else None
+    return ((stage or {}).get("wandb") or {}).get("group")
+
+
 def lineage(directory: Path) -> list[str]:
     """One line for each ancestor that still exists, youngest first: stage, path, data, fingerprint."""
     lines: list[str] = []

@@ -1,11 +1,15 @@
 """From a source to train, validation and test rows: what every stage that needs rows calls."""
 
 import hashlib
+import json
+import random
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from stoney_rl.checkpoints import read_stage
 from stoney_rl.data import Row, RowSet, load_rows
+from stoney_rl.errors import StoneyError
 from stoney_rl.lexemes import annotate
 from stoney_rl.split import Split, split_rows
 from stoney_rl.text import fold
@@ -29,7 +33,11 @@ class Corpus:
             "files": self.rowset.files,
             "rows": len(self.rowset.rows),
             "quarantined": len(self.rowset.quarantine),
-            "split": {key: certificate[key] for key in ("seed", "test_fraction", "validation_fraction")},
+            "split": {
+                "split_seed": certificate["seed"],
+                "test_fraction": certificate["test_fraction"],
+                "validation_fraction": certificate["validation_fraction"],
+            },
         }
 
     def training_record(self) -> dict:
@@ -55,14 +63,18 @@ def prepare(
     source: str | Path,
     *,
     revision: str | None = None,
-    seed: int = 0,
+    split_seed: int = 0,
     test_fraction: float = 0.1,
     validation_fraction: float = 0.05,
 ) -> Corpus:
     """Read, annotate and split ``source``. Raises ``StoneyError`` for bad input or data too small to split."""
     rowset = load_rows(source, revision=revision)
     split = split_rows(
-        annotate(rowset.rows), seed=seed, test_fraction=test_fraction, validation_fraction=validation_fraction, data_sha256=rowset.sha256
+        annotate(rowset.rows),
+        seed=split_seed,
+        test_fraction=test_fraction,
+        validation_fraction=validation_fraction,
+        data_sha256=rowset.sha256,
     )
     return Corpus(rowset, split)
 
@@ -71,3 +83,97 @@ def trained_rows(rows: Iterable[Row], record: dict) -> list[Row]:
     """Those of ``rows`` that the checkpoint with this ``split.json`` was trained on."""
     hashes = set(record["training_rows"])
     return [row for row in rows if row_hash(row) in hashes]
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Rows to evaluate: ``seen`` by row id; ``trained``: how many of them the model was trained on, None if unknown."""
+
+    corpus: Corpus
+    rows: list[Row]
+    seen: dict[str, bool]
+    trained: int | None
+    notes: list[str]
+
+
+def held_out(
+    checkpoint: str,
+    split: str,
+    *,
+    dataset: str | None,
+    default_dataset: str,
+    revision: str | None = None,
+    num_samples: int | None = None,
+    seed: int = 0,
+    **asked: object,
+) -> HeldOut:
+    """The rows on which to evaluate ``checkpoint``, split as its training was.
+
+    ``split``: 'train', 'validation', 'test' or 'all'; ``asked``: split seed and fractions, None to take the training's.
+    For other data than the model was trained on, rows that it was trained on are left out and seen goes by its training
+    lexemes. Raises ``StoneyError`` if a row of a held-out split was trained on all the same, if ``asked`` contradicts the
+    training, or if no row is left.
+    """
+    stage = (read_stage(Path(checkpoint)) if Path(checkpoint).is_dir() else None) or {}
+    trained_on = stage.get("data") or {}
+    source = dataset or trained_on.get("source") or default_dataset
+    given = {key: value for key, value in asked.items() if value is not None}
+    if source == trained_on.get("source"):
+        for key, value in given.items():
+            if value != trained_on["split"][key]:
+                raise StoneyError(
+                    f"--{key} {value}: {checkpoint} was trained with {trained_on['split'][key]}; leave the flag out"
+                )
+    prepared = prepare(source, revision=revision, **(trained_on.get("split", {}) | given))
+    parts = prepared.split
+    record = training_record(checkpoint)
+    rows = {"train": parts.train, "validation": parts.validation, "test": parts.test}.get(split)
+    if rows is None:
+        rows = [*parts.train, *parts.validation, *parts.test]
+    seen, notes = dict(parts.seen) | {row.id: True for row in parts.train}, []
+    same = record is None or record["certificate"]["ids_sha256"] == parts.certificate["ids_sha256"]
+    if not same:
+        known = set(record["training_lexemes"])
+        seen = {row.id: any(form_hash(form) in known for form in row.lexemes) for row in rows}
+        notes.append(f"{source}: not the rows {checkpoint} was trained on; 'seen' goes by the forms it was trained on")
+    trained = trained_rows(rows, record) if record else None
+    if split in ("train", "all"):
+        notes.append(
+            f"--split {split}: rows that a model was or may be trained on; the numbers show memory, not ability"
+        )
+    elif trained and same:
+        raise StoneyError(f"{source}: {len(trained)} of the {split} rows were trained on; the split is broken")
+    elif trained:
+        left_out = {row.id for row in trained}
+        rows = [row for row in rows if row.id not in left_out]
+        trained = []
+        notes.append(f"{source}: {len(left_out)} rows were trained on and are left out")
+    if not rows:
+        raise StoneyError(f"{source}: no row is left in the {split} split; choose another split or more data")
+    if num_samples and num_samples > len(rows):
+        notes.append(f"--num_samples {num_samples}: the {split} split has {len(rows)} rows; all of them are used")
+    rows = draw(rows, seen, num_samples, seed)
+    return HeldOut(prepared, rows, seen, None if trained is None else len(trained_rows(rows, record)), notes)
+
+
+def training_record(checkpoint: str) -> dict | None:
+    """The ``split.json`` of a checkpoint directory that this pipeline trained; None for other models."""
+    path = Path(checkpoint) / SPLIT_FILE
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise StoneyError(f"{path}: not readable as JSON ({error}); make the checkpoint again") from error
+
+
+def draw(rows: list[Row], seen: dict[str, bool], number: int | None, seed: int) -> list[Row]:
+    """``number`` of the rows at random (None: all), seen and unseen in proportion, in their first order."""
+    if number is None or number >= len(rows):
+        return rows
+    generator = random.Random(seed)
+    unseen_rows = [row for row in rows if not seen.get(row.id)]
+    seen_rows = [row for row in rows if seen.get(row.id)]
+    share = round(number * len(unseen_rows) / len(rows))
+    chosen = {row.id for row in generator.sample(unseen_rows, share) + generator.sample(seen_rows, number - share)}
+    return [row for row in rows if row.id in chosen]

@@ -19,7 +19,9 @@ from stoney_rl import split as split_module
 from stoney_rl.data import Row, load_rows
 from stoney_rl.errors import StoneyError
 from stoney_rl.lexemes import annotate
-from stoney_rl.split import certify, mention_key, row_forms, split_rows
+from stoney_rl.planted import PlantedLanguage
+from stoney_rl.split import _mention_words, _plain, certify, mention_key, row_forms, split_rows
+from stoney_rl.text import fold
 
 ROOT = Path(__file__).resolve().parents[1]
 REAL_DATA = Path(os.environ.get("STONEY_REAL_DATA") or ROOT.parent / "shared" / "data")
@@ -92,18 +94,17 @@ def test_shares_and_certificate():
     split = split_rows(rows, seed=3, data_sha256="abc")
     assert_promises_hold(rows, split)
     certificate = split.certificate
+    # Four rows a lexeme: 20 unseen test rows are five lexemes; two lexemes come nearest to 10 validation rows.
     assert certificate["counts"] == {
-        "train": 140,
+        "train": 142,
         "validation": {"unseen": 8, "seen": 10},
         "test": {"unseen": 20, "seen": 20},
         "dropped": 0,
         "without_lexemes": 0,
-    } or sum(map(len, (split.train, split.validation, split.test))) == len(rows)
-    assert certificate["counts"]["test"] == {"unseen": 20, "seen": 20}
-    assert 8 <= certificate["counts"]["validation"]["unseen"] <= 11
+    }
     assert certificate["requested"]["validation"] == {"unseen": 10, "seen": 10}
     assert certificate["lexemes"]["all"] == 50
-    assert certificate["lexemes"]["test_unseen"] == 5  # four wordings each
+    assert (certificate["lexemes"]["test_unseen"], certificate["lexemes"]["validation_unseen"]) == (5, 2)
     assert (certificate["seed"], certificate["test_fraction"], certificate["data_sha256"]) == (3, 0.1, "abc")
     text = json.dumps(certificate, ensure_ascii=False)
     assert not any(word(at) in text for at in range(50))
@@ -112,7 +113,7 @@ def test_shares_and_certificate():
 graphs = st.lists(st.lists(st.integers(0, 60), min_size=0, max_size=3, unique=True), min_size=20, max_size=120)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(graphs, st.integers(0, 3), st.sampled_from([(0.1, 0.05), (0.2, 0.0), (0.3, 0.05)]), st.data())
 def test_promises_hold_on_any_graph(groups, seed, fractions, data):
     rows = rows_about(groups)
@@ -142,9 +143,6 @@ def test_promises_hold_on_any_graph(groups, seed, fractions, data):
 )
 def test_both_readings_agree_on_what_a_mention_is(texts, form):
     # The assignment reads word lists, certify plain strings: were they to differ, certify would refuse good splits.
-    from stoney_rl.split import _mention_words, _plain
-    from stoney_rl.text import fold
-
     for text in [*texts, form]:
         assert _plain(fold(text)).split() == _mention_words(fold(text))
 
@@ -354,14 +352,8 @@ def test_a_stem_is_cut_with_its_inflected_forms():
 
 
 def test_seen_planted_rows_are_facts_that_training_words_otherwise():
-    from stoney_rl.planted import PlantedLanguage
-
-    language = PlantedLanguage(num_lexemes=40, seed=0)
-    rows = language.rows() if callable(getattr(language, "rows", None)) else None
-    assert rows, "PlantedLanguage.rows() gives Row objects"
+    rows = PlantedLanguage(num_lexemes=40, seed=0).rows()
     split = split_rows(rows)
-    assert_promises_hold_for_forms = certify(split.train, split.validation, split.test, split.seen)
-    assert not any(assert_promises_hold_for_forms["overlaps"].values())
     trained = {item.metadata["form"] for item in split.train}
     stems = {item.metadata["stem"] for item in split.train}
     for item in split.test:
@@ -415,9 +407,9 @@ def test_near_linear_time():
         split_rows(rows)
         return time.perf_counter() - start
 
-    seconds(300)
+    seconds(100)
     # All-pairs work would take 16 times as long for four times the rows.
-    assert min(seconds(1000) for _ in range(3)) > min(seconds(4000) for _ in range(3)) / 10
+    assert min(seconds(2000) for _ in range(2)) < 10 * min(seconds(500) for _ in range(2))
 
 
 @pytest.mark.real_data
@@ -425,8 +417,7 @@ def test_near_linear_time():
 def test_real_rows():
     rowset = load_rows(REAL_DATA)
     split = split_rows(annotate(rowset.rows), test_fraction=0.15, data_sha256=rowset.sha256)
-    assert_promises_hold_on_real = certify(split.train, split.validation, split.test, split.seen)
-    assert not any(assert_promises_hold_on_real["overlaps"].values())
+    assert not any(certify(split.train, split.validation, split.test, split.seen)["overlaps"].values())
     counts = split.certificate["counts"]
     assert 135 <= counts["test"]["unseen"] <= 165
     assert counts["test"]["seen"] >= 40

@@ -1,0 +1,103 @@
+"""Predictions files: one JSON line a row with what was asked, what was expected and what a system answered."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from stoney_rl import checkpoints
+from stoney_rl.errors import StoneyError
+from stoney_rl.models import ModelSource
+
+if TYPE_CHECKING:
+    from stoney_rl.data import Row
+
+PREDICTIONS_FILE = "predictions.jsonl"
+
+
+def record(row: "Row", text: str, seen: bool | None, *, tokens: int | None = None, truncated: bool = False) -> dict:
+    """One line: id, prompt, reference, prediction, seen; the forms asked for (None: the row asks for none) and lexemes."""
+    from stoney_rl import lexemes
+
+    return {
+        "id": row.id,
+        "prompt": row.question,
+        "reference": row.answer,
+        "prediction": text,
+        "seen": seen,
+        "forms": lexemes.target_forms(row) or None,
+        "lexemes": row.lexemes,
+        "tokens": tokens,
+        "truncated": truncated,
+    }
+
+
+def append(path: Path, records: list[dict]) -> None:
+    with path.open("a", encoding="utf-8") as file:
+        file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in records)
+
+
+def read(path: Path) -> dict[str, dict]:
+    """Whole lines by row id; {} if there is no file. A last line that a kill cut short is cut off the file too.
+
+    Raises ``StoneyError`` for a file that holds anything else.
+    """
+    if not path.exists():
+        return {}
+    content = path.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]
+    if len(whole) < len(content):
+        path.write_bytes(whole)
+    try:
+        records = [json.loads(line) for line in whole.decode("utf-8").splitlines() if line]
+        return {line["id"]: line for line in records}
+    except (ValueError, KeyError, TypeError) as error:
+        raise StoneyError(
+            f"{path}: not a predictions file ({error!r}); delete it or choose another directory"
+        ) from error
+
+
+def from_earlier(directory: Path, rows: list["Row"], path: Path) -> None:
+    """Take the answers to ``rows`` from an earlier evaluation. Raises ``StoneyError`` if it lacks some of them."""
+    earlier = read(directory / PREDICTIONS_FILE)
+    missing = [row.id for row in rows if row.id not in earlier]
+    if missing:
+        raise StoneyError(f"{directory}: no answer to {len(missing)} of these rows, such as {missing[0]}")
+    append(path, [earlier[row.id] for row in rows])
+
+
+def from_model(
+    name: str,
+    source: ModelSource,
+    rows: list["Row"],
+    seen: dict[str, bool],
+    path: Path,
+    *,
+    dtype: str,
+    max_new_tokens: int,
+    batch_size: int,
+) -> None:
+    """Generate answers to ``rows`` and append them to ``path`` batch by batch, with a progress bar called ``name``."""
+    from tqdm import tqdm
+
+    from stoney_rl import generation, models, prompts
+
+    tokenizer = models.load_tokenizer(source)
+    prompts.prepare_tokenizer(tokenizer)
+    model = models.load_model(source, models.inference_dtype(dtype))
+    checkpoints.check_fingerprint(Path(source.name), model)
+    batches = generation.generate(
+        model.to(models.device()),
+        tokenizer,
+        [prompts.encode_prompt(tokenizer, row.prompt) for row in rows],
+        ends=prompts.end_of_turn_ids(tokenizer),
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+    )
+    with tqdm(total=len(rows), desc=f"{name}: answers", unit="row") as bar:
+        for batch in batches:
+            lines = []
+            for done in batch:
+                row = rows[done.index]
+                lines.append(record(row, done.text, seen.get(row.id), tokens=done.tokens, truncated=done.truncated))
+            append(path, lines)
+            bar.update(len(batch))

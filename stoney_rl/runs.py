@@ -1,0 +1,114 @@
+"""Runs that survive: what makes two runs the same one, the directory of an unfinished run, and whether one is done."""
+
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+
+from stoney_rl import checkpoints
+from stoney_rl.errors import StoneyError
+
+IDENTITY_FILE = "identity.json"
+TRACKING_FILE = "tracking.json"
+
+
+def is_main() -> bool:
+    """Whether this process writes and prints: rank 0 under torchrun, or the only one."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def partial_directory(output: Path) -> Path:
+    """Where a stage works until its output is whole: ``<output>.partial``, beside it."""
+    return output.with_name(output.name + ".partial")
+
+
+def identify(arguments: dict, ignored: set[str], **inputs: object) -> dict:
+    """What makes two runs the same: every argument that changes the result, and the inputs' hashes; plain JSON."""
+    kept = {key: value for key, value in arguments.items() if key not in ignored and not key.startswith("wandb_")}
+    return json.loads(json.dumps({"arguments": kept, **inputs}))
+
+
+def is_finished(outputs: list[Path], identity: dict, *, overwrite: bool, record: str = checkpoints.STAGE_FILE) -> bool:
+    """Whether ``outputs`` hold this very run, by the 'identity' that the first one's ``record`` file tells.
+
+    Raises ``StoneyError`` if something else stands in their place and ``overwrite`` is false. Where only later outputs
+    exist beside an unfinished run, a kill came between two renames: not finished, to be written again.
+    """
+    present = [path for path in outputs if path.exists()]
+    if overwrite or not present:
+        return False
+    if not outputs[0].exists() and partial_directory(outputs[0]).is_dir():
+        return False
+    if len(present) == len(outputs) and (_read(outputs[0] / record) or {}).get("identity") == identity:
+        return True
+    raise StoneyError(f"{present[0]}: holds another run; choose another --output_dir, or --overwrite to replace it")
+
+
+def open_partial(output: Path, identity: dict, *, resume: bool, overwrite: bool) -> Path:
+    """Make or reopen the directory of the unfinished run.
+
+    Raises ``StoneyError`` if there is one and neither ``resume`` nor ``overwrite`` is said, if it was started with
+    other arguments, and if it cannot be written.
+    """
+    partial = partial_directory(output)
+    if partial.exists() and overwrite and is_main():
+        shutil.rmtree(partial)
+    if partial.exists() and is_main():
+        before = _read(partial / IDENTITY_FILE)
+        if not resume:
+            raise StoneyError(f"{partial}: an unfinished run; --resume continues it, --overwrite starts again")
+        if before is not None and before != identity:
+            raise StoneyError(
+                f"{partial}: started with other values of {', '.join(_differing(before, identity))}; "
+                "give the same ones to continue, or --overwrite to start again"
+            )
+    if is_main():
+        try:
+            partial.mkdir(parents=True, exist_ok=True)
+            checkpoints.write_json(partial / IDENTITY_FILE, identity)
+        except OSError as error:
+            raise StoneyError(f"--output_dir: cannot write {partial} ({error.strerror}); choose another") from error
+    return partial
+
+
+def last_checkpoint(partial: Path) -> Path | None:
+    """The unfinished run's newest ``checkpoint-<step>``; by construction it is whole."""
+    found = sorted(partial.glob("checkpoint-*"), key=lambda path: int(path.name.rsplit("-", 1)[1]))
+    return found[-1] if found else None
+
+
+def tracked_run(partial: Path) -> dict:
+    """The W&B run that the unfinished run belongs to: {'run_id', 'group'}, or {} before there is one."""
+    return _read(partial / TRACKING_FILE) or {}
+
+
+def relaunch_on_gpus(number: int | None) -> None:
+    """Replace this process by torchrun with one process a GPU (all GPUs if ``number`` is None).
+
+    Raises ``StoneyError`` if there are fewer GPUs than asked for, saying how many there are.
+    """
+    import torch
+
+    available = torch.cuda.device_count()
+    if not available or (number or 0) > available:
+        asked = f"{number} GPUs asked for" if number else "GPUs asked for"
+        remedy = f"use --num_gpus {available}" if available else "leave out --multi_gpu to train on the CPU"
+        raise StoneyError(f"--multi_gpu: {asked}, {available} found on this machine; {remedy}")
+    sys.stdout.flush()
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={number or available}"]
+    os.execv(sys.executable, [sys.executable, *launcher, *sys.argv])
+
+
+def _read(path: Path) -> dict | None:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return content if isinstance(content, dict) else None
+
+
+def _differing(before: dict, now: dict) -> list[str]:
+    old, new = before.get("arguments", {}), now["arguments"]
+    names = [f"--{key}" for key in new if old.get(key) != new[key]]
+    return names + [key for key in now if key != "arguments" and before.get(key) != now[key]]
