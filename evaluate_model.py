@@ -14,12 +14,14 @@ Exit codes: 0 done, 2 bad input, 130 interrupted.
 """
 
 import argparse
+import hashlib
 import time
 from pathlib import Path
 
 from stoney_rl import checkpoints, cli, runs
 from stoney_rl.errors import StoneyError
 from stoney_rl.models import ModelSource, find_model, resolve_unpublished
+from stoney_rl.predictions import PREDICTIONS_FILE
 
 DEFAULT_DATASET = "HarleyCooper/StoneyNakoda45k"
 RETRIEVAL = "retrieval"
@@ -96,6 +98,7 @@ def main(argv: list[str] | None = None) -> None:
         validation_fraction=args.validation_fraction,
     )
     print(data.describe(held_out.corpus.rowset), *held_out.notes, sep="\n")
+    check_baselines(systems, held_out, args)
     output = Path(args.output_dir or Path("evaluation") / f"{short_name(source.name)}-{args.split}")
     identity = runs.identify(
         vars(args),
@@ -103,6 +106,8 @@ def main(argv: list[str] | None = None) -> None:
         systems={name: describe_system(system) for name, system in systems.items()},
         data_sha256=held_out.corpus.rowset.sha256,
     )
+    if args.overwrite and output.exists() and not (output / RESULTS_FILE).exists():
+        raise StoneyError(f"--overwrite: {output} is not an evaluation (no {RESULTS_FILE}); choose another --output_dir")
     if runs.is_finished([output], identity, overwrite=args.overwrite, record=RESULTS_FILE):
         print((output / SUMMARY_FILE).read_text(encoding="utf-8"))
         print(f"{output}/: evaluated with these settings already (--overwrite evaluates again)")
@@ -128,13 +133,13 @@ def main(argv: list[str] | None = None) -> None:
         started = time.monotonic()
         folder = partial if system is source else partial / "baselines" / name
         folder.mkdir(parents=True, exist_ok=True)
-        path = folder / predictions.PREDICTIONS_FILE
+        path = folder / PREDICTIONS_FILE
         done = predictions.read(path)
         todo = [row for row in held_out.rows if row.id not in done]
         if done and todo:
             print(f"{name}: {len(done)} answers are there already, {len(todo)} to go")
         if isinstance(system, Path):
-            predictions.from_earlier(system, todo, path)
+            predictions.append(path, predictions.from_earlier(system, todo, held_out.seen))
         elif system == RETRIEVAL:
             found = retrieval.retrieve_answers(held_out.corpus.split.train, [row.question for row in todo])
             predictions.append(
@@ -193,7 +198,7 @@ def main(argv: list[str] | None = None) -> None:
     checkpoints.write_json(partial / RESULTS_FILE, results)
     checkpoints.publish(partial, output)
     print(text)
-    print(f"\n{output}/: {RESULTS_FILE}, {predictions.PREDICTIONS_FILE}, {SUMMARY_FILE}, results.png")
+    print(f"\n{output}/: {RESULTS_FILE}, {PREDICTIONS_FILE}, {SUMMARY_FILE}, results.png")
 
     for name, score in scores.items():
         for group, metrics in score["groups"].items():
@@ -208,7 +213,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def short_name(name: str) -> str:
-    return Path(name).name
+    return (Path(name).resolve() if Path(name).is_dir() else Path(name)).name
 
 
 def find_baseline(baseline: str, source: ModelSource) -> tuple[str, "ModelSource | Path | str"]:
@@ -223,16 +228,34 @@ def find_baseline(baseline: str, source: ModelSource) -> tuple[str, "ModelSource
         return short_name(base), find_model(base)
     path = Path(baseline)
     if path.is_dir() and (path / RESULTS_FILE).exists():
-        return path.name, path
+        if not (path / PREDICTIONS_FILE).exists():
+            raise StoneyError(f"--baseline {baseline}: has {RESULTS_FILE} but no {PREDICTIONS_FILE}; evaluate it again")
+        return short_name(baseline), path
     return short_name(baseline), find_model(resolve_unpublished(baseline)[0])
 
 
+def check_baselines(systems: dict, held_out: "corpus.HeldOut", args: argparse.Namespace) -> None:  # noqa: F821
+    """Raise ``StoneyError``, before anything is generated, for a baseline that can't be compared on these rows."""
+    from stoney_rl import corpus, predictions
+
+    for name, system in systems.items():
+        if isinstance(system, Path):
+            predictions.from_earlier(system, held_out.rows, held_out.seen)
+        elif isinstance(system, ModelSource) and args.split in ("test", "validation"):
+            record = corpus.training_record(system.name)
+            trained = corpus.trained_rows(held_out.rows, record) if record else []
+            if trained:
+                raise StoneyError(f"--baseline {name}: was trained on {len(trained)} of these rows; choose another")
+
+
 def describe_system(system: "ModelSource | Path | str") -> dict:
-    """What identifies a system: its path, and the fingerprint of its weights where one is recorded."""
+    """What identifies a system: its path, and the fingerprint of its weights, where recorded, or of its answers."""
     if isinstance(system, ModelSource):
         stage = checkpoints.read_stage(Path(system.name)) if Path(system.name).is_dir() else None
         return {"path": system.name, "fingerprint": ((stage or {}).get("fingerprint") or {}).get("sha256")}
-    return {"path": str(system), "fingerprint": None}
+    answers = system / PREDICTIONS_FILE if isinstance(system, Path) else None
+    digest = hashlib.sha256(answers.read_bytes()).hexdigest() if answers else None
+    return {"path": str(system), "fingerprint": digest}
 
 
 def table_rows(answers: dict[str, list[dict]], names: list[str]) -> list[list]:

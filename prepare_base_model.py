@@ -59,7 +59,9 @@ def main(argv: list[str] | None = None) -> None:
         args.output_dir = DEFAULT_OUTPUT
     output = Path(args.output_dir)
     stage = checkpoints.read_stage(output) if output.is_dir() else None
-    if stage and not args.overwrite and stage["arguments"].get("source") == args.source:
+    made_with = (stage or {}).get("arguments") or {}
+    same = all(made_with.get(name) == getattr(args, name) for name in ("source", "revision", "dtype"))
+    if stage and same and not args.overwrite:
         print(f"{output}: made from {args.source} already (--overwrite makes it again)")
         return
     with tempfile.TemporaryDirectory() as scratch, checkpoints.staged(output, overwrite=args.overwrite) as work:
@@ -69,13 +71,20 @@ def main(argv: list[str] | None = None) -> None:
 
 def convert(args: argparse.Namespace, scratch: Path, work: Path) -> None:
     """Load the source, save it to ``work``, and prove that the two are the same model."""
+    from stoney_rl import models
+
     gguf = fetch_gguf(args, scratch)
     digest = check_sha256(gguf, args.sha256) if gguf else None
+    source = None if gguf else models.find_model(args.source, revision=args.revision)
+    if source and source.kind == "adapter":
+        raise StoneyError(f"{args.source}: an adapter, not a base model; use its merged directory")
+    if source and args.sha256:
+        raise StoneyError(f"--sha256: only for a .gguf file; {args.source} is none")
 
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from stoney_rl import models, prompts
+    from stoney_rl import prompts
 
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[args.dtype]
     if gguf:
@@ -84,14 +93,12 @@ def convert(args: argparse.Namespace, scratch: Path, work: Path) -> None:
             tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
             model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=dtype)
         except Exception as error:  # gguf, tokenizers and transformers each raise their own on a damaged file
-            raise StoneyError(f"{gguf.name}: cannot be read as a GGUF model: {error}") from error
+            reason = " ".join(str(error).split())[:300] or type(error).__name__
+            raise StoneyError(f"{gguf.name}: cannot be read as a GGUF model: {reason}; get the file again") from error
         # The weights are plain tensors now, but transformers 5 still calls the model quantized and refuses to save it.
         model.hf_quantizer = None
         del model.config.quantization_config
     else:
-        source = models.find_model(args.source, revision=args.revision)
-        if source.kind == "adapter":
-            raise StoneyError(f"{args.source}: an adapter, not a base model; use its merged directory")
         tokenizer, model = models.load_tokenizer(source), models.load_model(source, dtype)
     for change in prompts.prepare_tokenizer(tokenizer):
         print(change)

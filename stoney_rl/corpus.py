@@ -11,7 +11,7 @@ from stoney_rl.checkpoints import read_stage
 from stoney_rl.data import Row, RowSet, load_rows
 from stoney_rl.errors import StoneyError
 from stoney_rl.lexemes import annotate
-from stoney_rl.split import Split, split_rows
+from stoney_rl.split import Split, mention_key, row_forms, split_rows
 from stoney_rl.text import fold
 
 SPLIT_FILE = "split.json"
@@ -45,18 +45,28 @@ class Corpus:
         return {
             "certificate": self.split.certificate,
             "training_rows": sorted(row_hash(row) for row in self.split.train),
-            "training_lexemes": sorted({form_hash(form) for row in self.split.train for form in row.lexemes}),
+            "training_lexemes": sorted({form_hash(form) for row in self.split.train for form in _mentioned(row)}),
         }
 
 
 def row_hash(row: Row) -> str:
-    """Identifies a question and answer whatever file, order or Unicode form they come in: 16 hex digits of SHA-256."""
-    return hashlib.sha256(f"{fold(row.question)}\0{fold(row.answer)}".encode()).hexdigest()[:16]
+    """Identifies a row by its prompt, all turns of it, in any file, order or Unicode form: 16 hex digits of SHA-256.
+
+    Not by its answer: a question that was trained on with another answer was trained on.
+    """
+    turns = [f"{message['role']} {fold(message['content'])}" for message in row.prompt]
+    return hashlib.sha256("\0".join(turns).encode()).hexdigest()[:16]
 
 
 def form_hash(form: str) -> str:
-    """Identifies a form: 16 hex digits of SHA-256 over its folded spelling."""
-    return hashlib.sha256(fold(form).encode()).hexdigest()[:16]
+    """Identifies a form as the split compares forms (``split.mention_key``): 16 hex digits of SHA-256."""
+    return hashlib.sha256(mention_key(form).encode()).hexdigest()[:16]
+
+
+def _mentioned(row: Row) -> set[str]:
+    """What the row teaches something about: its forms, and every word of its messages."""
+    texts = [mention_key(message["content"]) for message in [*row.prompt, *row.completion]]
+    return row_forms(row).union(*(text.split() for text in texts))
 
 
 def prepare(
@@ -80,7 +90,7 @@ def prepare(
 
 
 def trained_rows(rows: Iterable[Row], record: dict) -> list[Row]:
-    """Those of ``rows`` that the checkpoint with this ``split.json`` was trained on."""
+    """Those of ``rows`` whose prompt the checkpoint with this ``training_record`` was trained on."""
     hashes = set(record["training_rows"])
     return [row for row in rows if row_hash(row) in hashes]
 
@@ -131,10 +141,17 @@ def held_out(
     if rows is None:
         rows = [*parts.train, *parts.validation, *parts.test]
     seen, notes = dict(parts.seen) | {row.id: True for row in parts.train}, []
-    same = record is None or record["certificate"]["ids_sha256"] == parts.certificate["ids_sha256"]
-    if not same:
+    if record is None and trained_on:
+        raise StoneyError(f"{checkpoint}: trained, but {SPLIT_FILE} is missing; copy it back or make it again")
+    same = record is None or all(
+        record["certificate"][key] == parts.certificate[key] for key in ("data_sha256", "ids_sha256")
+    )
+    if record:
         known = set(record["training_lexemes"])
-        seen = {row.id: any(form_hash(form) in known for form in row.lexemes) for row in rows}
+        seen = {
+            row.id: (same and seen[row.id]) or any(form_hash(form) in known for form in row_forms(row)) for row in rows
+        }
+    if not same:
         notes.append(f"{source}: not the rows {checkpoint} was trained on; 'seen' goes by the forms it was trained on")
     trained = trained_rows(rows, record) if record else None
     if split in ("train", "all"):
@@ -142,7 +159,10 @@ def held_out(
             f"--split {split}: rows that a model was or may be trained on; the numbers show memory, not ability"
         )
     elif trained and same:
-        raise StoneyError(f"{source}: {len(trained)} of the {split} rows were trained on; the split is broken")
+        raise StoneyError(
+            f"{source}: {len(trained)} of the {split} rows were trained on, by {checkpoint} or a checkpoint that it comes "
+            "from; evaluate on other rows with --dataset"
+        )
     elif trained:
         left_out = {row.id for row in trained}
         rows = [row for row in rows if row.id not in left_out]
@@ -157,14 +177,31 @@ def held_out(
 
 
 def training_record(checkpoint: str) -> dict | None:
-    """The ``split.json`` of a checkpoint directory that this pipeline trained; None for other models."""
-    path = Path(checkpoint) / SPLIT_FILE
+    """The ``split.json`` of a checkpoint directory that this pipeline trained; None for other models.
+
+    The rows and forms that its ancestors were trained on are added, as far as their directories still exist.
+    """
+    record = _read_record(Path(checkpoint) / SPLIT_FILE)
+    current, visited = checkpoint, set()
+    while record and current and Path(current).is_dir() and Path(current).resolve() not in visited:
+        visited.add(Path(current).resolve())
+        inherited = _read_record(Path(current) / SPLIT_FILE) or {}
+        for key in ("training_rows", "training_lexemes"):
+            record[key] = sorted({*record[key], *inherited.get(key, ())})
+        current = ((read_stage(Path(current)) or {}).get("parent") or {}).get("path")
+    return record
+
+
+def _read_record(path: Path) -> dict | None:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        record = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         raise StoneyError(f"{path}: not readable as JSON ({error}); make the checkpoint again") from error
+    if not isinstance(record, dict) or not record.keys() >= {"certificate", "training_rows", "training_lexemes"}:
+        raise StoneyError(f"{path}: not the record of a training; make the checkpoint again")
+    return record
 
 
 def draw(rows: list[Row], seen: dict[str, bool], number: int | None, seed: int) -> list[Row]:

@@ -1,11 +1,12 @@
 """Batched generation whose answers are those of one prompt at a time."""
 
+import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ def generate(
     import torch
     from transformers import GenerationConfig
 
-    config = GenerationConfig(  # not the model's own: that may sample or penalise
+    config = GenerationConfig(
         do_sample=False,
         max_new_tokens=max_new_tokens,
         eos_token_id=sorted(ends),
@@ -52,11 +53,22 @@ def generate(
             prompt = torch.tensor(prompts[index])
             ids[line, width - len(prompt) :] = prompt
             mask[line, width - len(prompt) :] = 1
-        with torch.inference_mode():
+        with torch.inference_mode(), _only_config(model, config):
             output = model.generate(
                 input_ids=ids.to(model.device), attention_mask=mask.to(model.device), generation_config=config
             )[:, width:].tolist()
         yield [_completion(index, tokens, tokenizer, ends) for index, tokens in zip(batch, output, strict=True)]
+
+
+@contextlib.contextmanager
+def _only_config(model: "PreTrainedModel", config: "GenerationConfig") -> Iterator[None]:
+    """Hide the model's own generation config, which may sample or penalise: transformers fills what is unset from it."""
+    own = model.generation_config
+    model.generation_config = config
+    try:
+        yield
+    finally:
+        model.generation_config = own
 
 
 def _completion(index: int, tokens: list[int], tokenizer: "PreTrainedTokenizerBase", ends: set[int]) -> Completion:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 PREDICTIONS_FILE = "predictions.jsonl"
 
 
-def record(row: "Row", text: str, seen: bool | None, *, tokens: int | None = None, truncated: bool = False) -> dict:
+def record(row: "Row", text: str | None, seen: bool | None, *, tokens: int | None = None, truncated: bool = False) -> dict:
     """One line: id, prompt, reference, prediction, seen; the forms asked for (None: the row asks for none) and lexemes."""
     from stoney_rl import lexemes
 
@@ -48,7 +48,8 @@ def read(path: Path) -> dict[str, dict]:
     if len(whole) < len(content):
         path.write_bytes(whole)
     try:
-        records = [json.loads(line) for line in whole.decode("utf-8").splitlines() if line]
+        # Not splitlines(): an answer may hold U+2028 or U+0085, which JSON leaves as they are.
+        records = [json.loads(line) for line in whole.decode("utf-8").split("\n") if line]
         return {line["id"]: line for line in records}
     except (ValueError, KeyError, TypeError) as error:
         raise StoneyError(
@@ -56,13 +57,28 @@ def read(path: Path) -> dict[str, dict]:
         ) from error
 
 
-def from_earlier(directory: Path, rows: list["Row"], path: Path) -> None:
-    """Take the answers to ``rows`` from an earlier evaluation. Raises ``StoneyError`` if it lacks some of them."""
+def from_earlier(directory: Path, rows: list["Row"], seen: dict[str, bool]) -> list[dict]:
+    """The answers to ``rows`` of an earlier evaluation, as new records: ``seen`` is the caller's.
+
+    Raises ``StoneyError`` if it lacks some of the rows, or asked or expected something else under their ids.
+    """
     earlier = read(directory / PREDICTIONS_FILE)
     missing = [row.id for row in rows if row.id not in earlier]
     if missing:
-        raise StoneyError(f"{directory}: no answer to {len(missing)} of these rows, such as {missing[0]}")
-    append(path, [earlier[row.id] for row in rows])
+        raise StoneyError(
+            f"{directory}: no answer to {len(missing)} of these {len(rows)} rows, such as {missing[0]}; "
+            "evaluate it on the same rows"
+        )
+    records = []
+    for row in rows:
+        line = earlier[row.id]
+        if (line.get("prompt"), line.get("reference")) != (row.question, row.answer):
+            raise StoneyError(f"{directory}: row {row.id} has another prompt or reference there; evaluate it again")
+        truncated = bool(line.get("truncated"))
+        records.append(
+            record(row, line.get("prediction"), seen.get(row.id), tokens=line.get("tokens"), truncated=truncated)
+        )
+    return records
 
 
 def from_model(

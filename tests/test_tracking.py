@@ -595,6 +595,22 @@ def test_run_that_the_server_refuses_goes_offline_under_the_same_id(tmp_path, st
     assert "offline myrun offline-run-" in done.stdout, done.stdout
 
 
+def test_artifact_that_the_server_refuses_is_said_at_the_end(tmp_path, stub):
+    stub.operations_say["CreateArtifact"] = 403  # such as a storage quota; the client learns of it in the background
+    body = """
+        open("weights.bin", "w").write("weights")
+        tracker = tracking.start("sft", {}, resume_id="myrun")
+        tracker.artifact("weights", "model", "weights.bin")
+        tracker.log({"loss": 1.0})
+        tracker.finish()
+        print(dict(tracker.failures))
+    """
+    done = run_script(tmp_path, body, WANDB_BASE_URL=stub.url, WANDB_API_KEY=KEY)
+    assert done.returncode == 0 and "{'artifact upload': 1}" in done.stdout, done.stdout + done.stderr
+    assert "artifact upload failed, the run goes on" in done.stdout and "wandb sync wandb/run-" in done.stdout
+    assert stub.runs["myrun"]["history"][0]["loss"] == 1.0 and stub.runs["myrun"]["exitcode"] == 0
+
+
 def test_server_that_dies_in_mid_run_does_not_hold_up_the_end(tmp_path, stub):
     body = """
         tracking.LOST_SECONDS = tracking.CALL_SECONDS = 1
