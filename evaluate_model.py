@@ -18,7 +18,7 @@ import hashlib
 import time
 from pathlib import Path
 
-from stoney_rl import checkpoints, cli, runs
+from stoney_rl import checkpoints, cli, runs, tracking
 from stoney_rl.errors import StoneyError
 from stoney_rl.models import ModelSource, find_model, resolve_unpublished
 from stoney_rl.predictions import PREDICTIONS_FILE
@@ -67,6 +67,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> None:
     args = cli.parse_args(build_parser(), argv)
+    tracking.load_env()
 
     # 1. The systems: the model and its baselines.
     model_name, notice = resolve_unpublished(args.model_path)
@@ -107,7 +108,9 @@ def main(argv: list[str] | None = None) -> None:
         data_sha256=held_out.corpus.rowset.sha256,
     )
     if args.overwrite and output.exists() and not (output / RESULTS_FILE).exists():
-        raise StoneyError(f"--overwrite: {output} is not an evaluation (no {RESULTS_FILE}); choose another --output_dir")
+        raise StoneyError(
+            f"--overwrite: {output} is not an evaluation (no {RESULTS_FILE}); choose another --output_dir"
+        )
     if runs.is_finished([output], identity, overwrite=args.overwrite, record=RESULTS_FILE):
         print((output / SUMMARY_FILE).read_text(encoding="utf-8"))
         print(f"{output}/: evaluated with these settings already (--overwrite evaluates again)")
@@ -115,7 +118,6 @@ def main(argv: list[str] | None = None) -> None:
     partial = runs.open_partial(output, identity, resume=True, overwrite=args.overwrite)
 
     # 3. One pass of generation for each system.
-    from stoney_rl import tracking
     from stoney_rl.metrics import report, retrieval
 
     tracker = tracking.start(
@@ -124,10 +126,10 @@ def main(argv: list[str] | None = None) -> None:
         mode=args.wandb_mode,
         project=args.wandb_project,
         entity=args.wandb_entity,
-        group=args.wandb_group or checkpoints.group_of(source.name),
+        group=args.wandb_group or checkpoints.tracked(source.name).get("group"),
         name=args.wandb_name or output.name,
     )
-    tracker.use_artifact(short_name(source.name))
+    tracker.use_artifact(checkpoints.tracked(source.name).get("artifact"))
     answers, seconds = {}, {}
     for name, system in systems.items():
         started = time.monotonic()

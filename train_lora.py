@@ -18,7 +18,7 @@ import os
 import time
 from pathlib import Path
 
-from stoney_rl import checkpoints, cli, runs
+from stoney_rl import checkpoints, cli, runs, tracking
 from stoney_rl.errors import StoneyError
 from stoney_rl.models import DEFAULT_MODEL, check_4bit, find_model, resolve_unpublished
 
@@ -160,6 +160,7 @@ def check_args(args: argparse.Namespace) -> None:
 def main(argv: list[str] | None = None) -> None:
     args = cli.parse_args(build_parser(), argv)
     check_args(args)
+    tracking.load_env()
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     if args.multi_gpu and "WORLD_SIZE" not in os.environ:
         runs.relaunch_on_gpus(args.num_gpus)
@@ -202,7 +203,7 @@ def main(argv: list[str] | None = None) -> None:
     from transformers import EarlyStoppingCallback, set_seed
     from trl import SFTConfig
 
-    from stoney_rl import models, prompts, tracking, training
+    from stoney_rl import models, prompts, training
 
     precision = models.choose_precision(args.dtype)
     tokenizer = models.load_tokenizer(source)
@@ -241,7 +242,9 @@ def main(argv: list[str] | None = None) -> None:
         mode=args.wandb_mode,
         project=args.wandb_project,
         entity=args.wandb_entity,
-        group=args.wandb_group or runs.tracked_run(partial).get("group") or checkpoints.group_of(source.name),
+        group=args.wandb_group
+        or runs.tracked_run(partial).get("group")
+        or checkpoints.tracked(source.name).get("group"),
         name=args.wandb_name or output.name,
         resume_id=runs.tracked_run(partial).get("run_id"),
     )

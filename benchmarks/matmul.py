@@ -12,7 +12,7 @@ from pathlib import Path
 if not __package__:  # run as a script: its own folder would hide the package `evaluate`
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from stoney_rl import cli  # noqa: E402
+from stoney_rl import cli
 
 SQUARE = 2048
 

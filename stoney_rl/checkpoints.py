@@ -116,10 +116,11 @@ def read_stage(directory: Path) -> dict | None:
     return content
 
 
-def group_of(name: str) -> str | None:
-    """The W&B group of the run that made the checkpoint directory ``name``; None for other models."""
+def tracked(name: str) -> dict:
+    """The W&B run that made the checkpoint directory ``name``: run_id, group, url, artifact; {} for other models."""
     stage = read_stage(Path(name)) if Path(name).is_dir() else None
-    return ((stage or {}).get("wandb") or {}).get("group")
+    run = (stage or {}).get("wandb") or {}
+    return run | {"artifact": f"{Path(name).name}:{run['run_id']}"} if run.get("run_id") else run
 
 
 def lineage(directory: Path) -> list[str]:

@@ -14,7 +14,9 @@ if TYPE_CHECKING:
 PREDICTIONS_FILE = "predictions.jsonl"
 
 
-def record(row: "Row", text: str | None, seen: bool | None, *, tokens: int | None = None, truncated: bool = False) -> dict:
+def record(
+    row: "Row", text: str | None, seen: bool | None, *, tokens: int | None = None, truncated: bool = False
+) -> dict:
     """One line: id, prompt, reference, prediction, seen; the forms asked for (None: the row asks for none) and lexemes."""
     from stoney_rl import lexemes
 

@@ -281,7 +281,10 @@ def _make(output_dir: Path, *flags: str, hash_seed: str = "0") -> subprocess.Com
 
 
 def test_the_committed_sample_is_what_its_command_makes(tmp_path):
-    assert "python -m stoney_rl.planted --output_dir data/planted --num_lexemes 165 --rules_per_lexeme 2 --seed 0" in planted.__doc__
+    assert (
+        "python -m stoney_rl.planted --output_dir data/planted --num_lexemes 165 --rules_per_lexeme 2 --seed 0"
+        in planted.__doc__
+    )
     assert "python -m stoney_rl.planted --output_dir data/planted --num_lexemes 165 --rules_per_lexeme 2 --seed 0" in (
         SAMPLE / "README.md"
     ).read_text(encoding="utf-8")
