@@ -29,6 +29,7 @@ class Corpus:
         certificate = self.split.certificate
         return {
             "source": self.rowset.source,
+            "revision": self.rowset.revision,
             "sha256": self.rowset.sha256,
             "files": self.rowset.files,
             "rows": len(self.rowset.rows),
@@ -134,6 +135,7 @@ def held_out(
                 raise StoneyError(
                     f"--{key} {value}: {checkpoint} was trained with {trained_on['split'][key]}; leave the flag out"
                 )
+        revision = revision or trained_on.get("revision")
     prepared = prepare(source, revision=revision, **(trained_on.get("split", {}) | given))
     parts = prepared.split
     record = training_record(checkpoint)

@@ -198,7 +198,7 @@ def _conversation(turns: object, metadata: dict) -> tuple[list[dict], list[dict]
     """(prompt, completion) of a list of turns; the system message goes into ``metadata``."""
     if not isinstance(turns, list):
         raise _BadRowError(f"messages is {_kind(turns)}: expected a list of turns")
-    messages = []
+    messages, system = [], []
     for turn in turns:
         if not isinstance(turn, dict):
             raise _BadRowError(f"a turn is {_kind(turn)}: expected an object with role and content")
@@ -207,8 +207,7 @@ def _conversation(turns: object, metadata: dict) -> tuple[list[dict], list[dict]
             if messages:
                 raise _BadRowError("system turn after the first turn: only the first turn may be one")
             if turn.get("content") not in ("", None, []):
-                system = _content(turn["content"], "the system turn")
-                metadata["system"] = "\n".join(filter(None, (metadata.get("system"), system)))
+                system.append(_content(turn["content"], "the system turn"))
         elif role == "user":
             messages.append({"role": "user", "content": _content(turn.get("content"), "a user turn")})
         elif role == "assistant":
@@ -222,6 +221,10 @@ def _conversation(turns: object, metadata: dict) -> tuple[list[dict], list[dict]
         raise _BadRowError("the last turn is not the assistant's: expected the reply last")
     if len(messages) < 2 or messages[-2]["role"] != "user":
         raise _BadRowError("no user turn before the reply: expected one")
+    if system:
+        if _filled(metadata.get("system")):
+            system.insert(0, _content(metadata["system"], "system"))
+        metadata["system"] = "\n".join(system)
     return messages[:-1], messages[-1:]
 
 

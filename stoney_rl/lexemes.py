@@ -293,10 +293,16 @@ def contains_form(text: str, form: str) -> bool:
     return width > 0 and any(haystack[i : i + width] == needle for i in range(len(haystack) - width + 1))
 
 
+def planted_form(row: "Row") -> str | None:
+    """The form that a row of the planted language asks for; None for other rows, whatever they call ``form``."""
+    planted = str(row.metadata.get("language", "")).startswith("planted")
+    return normalize(str(row.metadata["form"])) if planted and row.metadata.get("form") else None
+
+
 def target_forms(row: "Row") -> list[str]:
-    """The forms that the row asks for: ``metadata["form"]`` of a planted row, else the lexemes that the answer holds
-    and no message of the prompt does. Empty where the answer only explains forms that the question gave."""
-    if row.metadata.get("form"):
-        return [normalize(str(row.metadata["form"]))]
+    """The forms that the row asks for: ``planted_form``, else the lexemes that the answer holds and no message of the
+    prompt does. Empty where the answer only explains forms that the question gave."""
+    if form := planted_form(row):
+        return [form]
     asked, answer = _joined(row.prompt), _joined(row.completion)
     return [form for form in row.lexemes if contains_form(answer, form) and not contains_form(asked, form)]

@@ -127,7 +127,7 @@ def _check_shards(path: Path) -> None:
 
 
 def _find_on_hub(name: str, revision: str | None) -> ModelSource:
-    import httpx
+    import httpx2
     from huggingface_hub import HfApi, constants, errors, try_to_load_from_cache
 
     def cached() -> bool:
@@ -153,7 +153,7 @@ def _find_on_hub(name: str, revision: str | None) -> ModelSource:
             f"{name}: no such folder here and no such public model on the hub; check the spelling, "
             "or set HF_TOKEN if it is private"
         ) from error
-    except (errors.HfHubHTTPError, httpx.HTTPError, OSError) as error:
+    except (errors.HfHubHTTPError, httpx2.HTTPError, OSError) as error:
         if cached():
             # Without this every later request would retry for half a minute before it looks into the cache.
             constants.HF_HUB_OFFLINE = True

@@ -3,7 +3,7 @@
 A held-out row is *unseen* if no training row mentions any of its forms, and *seen* if training rows mention all of
 them, in other wordings. The difference between a model's scores on the two is what it memorised.
 
-What counts as a mention. The forms of a row are its ``lexemes`` and the planted ``metadata["form"]``. A row mentions a
+What counts as a mention. The forms of a row are its ``lexemes`` and ``lexemes.planted_form``. A row mentions a
 form that is among its own forms, or that stands in one of its messages, quoted or not, as whole words after
 ``text.fold``; in doubt it is a mention: a hyphen separates words here and a possessive 's is dropped, so ``tâlo-like``
 and ``tâlo's`` mention (the invented) *tâlo*. A form of several words is mentioned by those words in that order, and not
@@ -32,6 +32,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from stoney_rl.errors import StoneyError
+from stoney_rl.lexemes import planted_form
 from stoney_rl.text import fold
 
 if TYPE_CHECKING:
@@ -76,7 +77,7 @@ def mention_key(form: str) -> str:
 
 def row_forms(row: "Row") -> frozenset[str]:
     """The forms that ``row`` is about, as ``mention_key``s: its lexemes, and the form that a planted row asks for."""
-    forms = [*row.lexemes, row.metadata.get("form") or ""]
+    forms = [*row.lexemes, planted_form(row) or ""]
     return frozenset(key for form in forms if (key := mention_key(str(form))))
 
 
@@ -130,7 +131,7 @@ def _units(rows: Sequence["Row"]) -> list[_Unit]:
                         if candidate in universe:
                             mentions.add(candidate)
         units.append(_Unit(key, members, own, frozenset(mentions)))
-    return sorted(units, key=lambda unit: unit.key)
+    return units
 
 
 def _components(units: list[_Unit], mentioned_by: dict[str, list[int]]) -> list[frozenset[str]]:
@@ -408,7 +409,7 @@ def _plain(folded: str) -> str:
 
 
 def _plain_forms(row: "Row") -> list[str]:
-    forms = (_plain(fold(str(form))) for form in [*row.lexemes, row.metadata.get("form") or ""])
+    forms = (_plain(fold(str(form))) for form in [*row.lexemes, planted_form(row) or ""])
     return [form for form in forms if form.strip()]
 
 

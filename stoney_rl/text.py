@@ -5,7 +5,7 @@ import unicodedata
 
 # Marks that stand for the apostrophe in typed text. The backtick is not one of them: datasets quote words with it.
 APOSTROPHES = "\u2018\u2019\u201b\u02bc\u02bb\u02b9\u2032\u00b4\uff07"
-_APOSTROPHE_TABLE = str.maketrans(dict.fromkeys(APOSTROPHES, "'"))
+_APOSTROPHE = re.compile(f"[{APOSTROPHES}]")
 # C0 and C1 controls except tab and newline; zero-width space, BOM, soft hyphen, and the bidirectional controls.
 _INVISIBLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u00ad\u200b\u200e\u200f\u202a-\u202e\u2066-\u2069\ufeff]")
 
@@ -19,8 +19,9 @@ def normalize(text: str) -> str:
     Nothing is folded to ASCII and case is kept: in this orthography a diacritic is a different letter.
     NFC is Unicode's canonical composition (UAX #15); ẖ and ṯ have composed code points, so NFC is lossless here.
     """
-    text = text.replace("\r\n", "\n").replace("\r", "\n").translate(_APOSTROPHE_TABLE)
-    return unicodedata.normalize("NFC", _INVISIBLE.sub("", text)).strip()
+    text = _INVISIBLE.sub("", text.replace("\r\n", "\n").replace("\r", "\n"))
+    # NFC comes before the apostrophes: it turns U+0374 and U+1FFD into two of them.
+    return _APOSTROPHE.sub("'", unicodedata.normalize("NFC", text)).strip()
 
 
 def words(text: str) -> list[str]:

@@ -8,14 +8,18 @@ import os
 import shutil
 import types
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from datasets import Dataset
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
+from torch.utils.data import Sampler
 from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, Trainer
+from transformers.trainer_pt_utils import get_length_grouped_indices
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import SFTTrainer
 from trl.trainer.utils import FusedCausalLMOutput
@@ -88,7 +92,7 @@ class WholeCheckpoints:
 
 
 class AnswerTrainer(WholeCheckpoints, SFTTrainer):
-    """TRL's ``SFTTrainer`` with whole checkpoints and, on a CPU, an LM head that scores only the trained tokens."""
+    """TRL's ``SFTTrainer`` with whole checkpoints, exact resumption and, on a CPU, an LM head for trained tokens only."""
 
     def __init__(self, *args: object, **kwargs: object) -> None:
         super().__init__(*args, **kwargs)
@@ -97,6 +101,38 @@ class AnswerTrainer(WholeCheckpoints, SFTTrainer):
             model = model.get_base_model()
         if model.device.type == "cpu":
             _score_answers_only(model)
+
+    def _init_training_state(self, *args: object, **kwargs: object) -> tuple[int, int]:
+        position = super()._init_training_state(*args, **kwargs)
+        counts = [log["num_tokens"] for log in self.state.log_history if "num_tokens" in log]
+        self._total_train_tokens = counts[-1] if counts else 0  # TRL 1.16 counts from 0 again after a resume
+        return position
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler:
+        if self.args.train_sampling_strategy != "group_by_length":
+            return super()._get_train_sampler(train_dataset)
+        return _GroupedByLength(self, train_dataset or self.train_dataset)
+
+
+class _GroupedByLength(Sampler):
+    """Row numbers, rows of like length together, in an order that follows from the seed and the epoch alone.
+
+    transformers' own sampler draws from the global generator: a run that resumes inside an epoch can't draw the order
+    that the epoch began with.
+    """
+
+    def __init__(self, trainer: Trainer, rows: Dataset) -> None:
+        self.trainer = trainer
+        self.lengths = [len(ids) for ids in rows["input_ids"]]
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        args, epoch = self.trainer.args, int(self.trainer.state.epoch or 0)
+        generator = torch.Generator().manual_seed(args.data_seed + epoch)
+        rows_an_update = args.train_batch_size * args.gradient_accumulation_steps
+        return iter(get_length_grouped_indices(self.lengths, rows_an_update, generator=generator))
 
 
 def _score_answers_only(model: PreTrainedModel) -> None:

@@ -403,6 +403,16 @@ def _unchecked(pa, values: list[bytes]):
     return pa.StringArray.from_buffers(len(array), array.buffers()[1], array.buffers()[2])
 
 
+def test_parquet_row_numbers_run_on_over_batches(tmp_path):
+    answers = [good(number)["answer"] for number in range(1, 3001)]
+    questions = [good(number)["question"] for number in range(1, 3001)]
+    path = tmp_path / "rows.parquet"
+    parquet(
+        path, {"question": [*questions[:2500], "", *questions[2500:]], "answer": [*answers[:2500], "", *answers[2500:]]}
+    )
+    check(path, {2501: "question is empty"}, 3000)
+
+
 def test_parquet_column_name_that_is_not_utf8(tmp_path):
     path = tmp_path / "rows.parquet"
     parquet(path, {"question": ["q"], "answer": ["a"], "remarks": ["r"]})
@@ -617,6 +627,36 @@ def test_fuzzed_lines(tmp_path, plan, name):
             sorted([int(row.source.rsplit(":", 1)[1]) for row in rowset.rows] + [q.line for q in rowset.quarantine])
             == filled
         )
+
+
+_VALUE = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.sampled_from(["", " ", "x", "\x00", "ẖ", "[1]"]),
+    lambda inner: (
+        st.lists(inner, max_size=2) | st.dictionaries(st.sampled_from(["type", "text", "a"]), inner, max_size=2)
+    ),
+    max_leaves=3,
+)
+_TURN = st.fixed_dictionaries({"role": st.sampled_from(["system", "user", "assistant", "tool"]), "content": _VALUE})
+_KEYS = sorted(reading.SCHEMA_KEYS | reading.OWN_KEYS | {"input", "system", "pair_id", "original_id", "x"})
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    rows=st.lists(
+        st.dictionaries(st.sampled_from(_KEYS), _VALUE | st.text(max_size=3) | st.lists(_TURN | _VALUE, max_size=4)),
+        min_size=1,
+        max_size=4,
+    )
+)
+def test_any_values(tmp_path, rows):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b"\n".join(json.dumps(row).encode() for row in [good(1), *rows]))
+    rowset = load_rows(path)
+    assert rowset.rows[0].answer == good(1)["answer"]
+    assert len(rowset.rows) + len(rowset.quarantine) == 1 + len(rows)
+    assert len({row.id for row in rowset.rows}) == len(rowset.rows)
+    again = load_rows(write_jsonl(tmp_path / "again.jsonl", rowset.rows))
+    assert again.rows == rowset.rows
 
 
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -107,6 +107,12 @@ SCHEMAS = {
         "A.",
         {},
     ),
+    "system column and system turn": (
+        {"system": "One. ", "messages": [turn("system", "Two."), turn("user", "Q?"), turn("assistant", "A.")]},
+        [turn("user", "Q?")],
+        "A.",
+        {"system": "One.\nTwo."},
+    ),
     "metadata of its own": (
         {"question": "Q?", "answer": "A.", "metadata": {"x": 1}, "source": "a recording"},
         [turn("user", "Q?")],
@@ -161,6 +167,8 @@ def test_ids(tmp_path):
     assert [row.id for row in rows] == ["x", "x#2", "x#2#2", "x#3", "a-5", "a-5#2", "a.jsonl:7", "a.jsonl:8", "y"]
     assert [row.metadata.get("original_id") for row in rows] == [None, "x", "x#2", "x", None, "a-5", None, None, None]
     assert rows[7].metadata["id"] == ["no"]
+    taken = load_rows(write(tmp_path / "b.jsonl", {**QA, "id": "x#2"}, {**QA, "id": "x"}, {**QA, "id": "x"})).rows
+    assert [row.id for row in taken] == ["x#2", "x", "x#3"]
 
 
 def test_written_rows_come_back_unchanged(tmp_path):
@@ -278,7 +286,7 @@ def test_parquet(tmp_path):
 @pytest.mark.parametrize(
     ("split", "expected"),
     [
-        (None, ["dev", "test", "train0", "train1", "valid", "rest"]),
+        (None, ["dev", "test", "train0", "train1", "both", "valid", "rest"]),
         ("train", ["train0", "train1"]),
         ("validation", ["dev", "valid"]),
         ("dev", ["dev", "valid"]),
@@ -291,6 +299,7 @@ def test_split_by_name(tmp_path, split, expected):
         ("b_test.jsonl", "test"),
         ("data/train-00000-of-00002.jsonl", "train0"),
         ("data/train-00001-of-00002.jsonl", "train1"),
+        ("test-and-train.jsonl", "both"),
         ("valid.jsonl", "valid"),
         ("words-latest.jsonl", "rest"),
     ):

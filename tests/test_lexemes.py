@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import time
 import unicodedata
 from pathlib import Path
 
@@ -57,15 +58,16 @@ def test_quoted_forms(text, expected):
         # multi-word forms are one form each, in or out of quotes, with the unmarked words beside the marked one
         ("What is `falo mîva`?", "The phrase falo tâlo vedach would be best.", ["falo mîva", "falo tâlo vedach"]),
         # unquoted forms
-        ("Compare tâlo and mîva (to sleep).", "Both are nouns.", ["tâlo", "mîva"]),
+        ("Compare tâlo and mîva (to sleep).", "Liva-, lôva.", ["tâlo", "mîva", "lôva"]),
         ("What does the word falovach mean?", "It is a noun.", ["falovach"]),
         # affixes are no lexemes; the citation form of a stem is
         ("What do the prefix \"vuẖ-\" and the suffixes '-ṯel' or `-ẖov` mark in `vuẖtâlo`?", "Person.", ["vuẖtâlo"]),
         ('The roots "vedag-" or "vedâg-" recur in "vedaga-".', "Yes.", ["vedaga"]),
-        ("The English prefix 're-' is like `falova-`.", "Yes.", ["falova"]),
+        ("English 're-' is like `falova-`: a 'fal-' element.", "A `vedâ-` prefix.", ["falova"]),
         ("All of them start with `mî-`: `mîva` does.", "Yes.", ["mîva"]),
         # English in the same quotes
         ("`tâlo (to gather)` or `tâlo/mîva`?", '"we would say mîva in the evening"', ["tâlo", "mîva"]),
+        ('A typing mistake: "gresn grass".', "Yes.", []),
         # single letters, British spelling, hyphen compounds, grammar
         ('Vowel "â" in "behaviour", "light-coloured" and "an active transitive verb"?', "No.", []),
         ("", "", []),
@@ -123,7 +125,10 @@ def test_annotate_reads_every_turn():
 def test_english_test_counts_rows_not_occurrences():
     test = english_test(["vedach vedach vedach are here", "nothing"])
     assert not test("vedach")
-    assert english_test(["vedach are here", "vedach again"])("vedach")
+    rows = ["vedach are here", "vedach again"]
+    assert english_test(rows)("vedach")
+    # A form that two rows leave unquoted, but two others quote.
+    assert not english_test([*rows, "it is 'vedach'", '"vedach" it is'])("vedach")
 
 
 @pytest.mark.parametrize(
@@ -175,13 +180,17 @@ def test_target_forms():
     )
     assert target_forms(asked) == ["vedach"]
     assert target_forms(row("Explain `tâlo`.", "`tâlo` means gather.", lexemes=["tâlo"])) == []
-    planted = row('The verb "tâlo"?', '"liẖtâlo".', lexemes=["tâlo"], form=unicodedata.normalize("NFD", "liẖtâlo"))
+    form = unicodedata.normalize("NFD", "liẖtâlo")
+    planted = row('The verb "tâlo"?', '"liẖtâlo".', lexemes=["tâlo"], form=form, language="planted (invented)")
     assert target_forms(planted) == ["liẖtâlo"]
+    assert target_forms(row("What is gather?", "The verb tâlo.", lexemes=["tâlo"], form="verb")) == ["tâlo"]
 
 
 def test_long_hostile_text_is_read_in_linear_time():
+    start = time.perf_counter()
     for text in ("'a " * 30_000, '"a' * 30_000, "`" * 60_000, '"vuẖ- ' * 20_000, "tâlo " * 20_000):
-        extract_lexemes(text, "")  # quadratic, it would take minutes
+        extract_lexemes(text, "")
+    assert time.perf_counter() - start < 10  # it takes less than a second
 
 
 def test_without_the_word_list_the_error_says_what_to_install():

@@ -40,7 +40,7 @@ def row(row_id, question, answer, lexemes=(), **metadata):
         prompt=[{"role": "user", "content": question}],
         completion=[{"role": "assistant", "content": answer}],
         lexemes=list(lexemes),
-        metadata=metadata,
+        metadata={"language": "planted (invented)", **metadata} if "form" in metadata else metadata,
     )
 
 
@@ -196,14 +196,15 @@ def sabotaged(change):
 
 
 def leak(text="", lexemes=(), row_id="leak", question="Another question?", **metadata):
-    return lambda parts, victim: parts["train"].append(
+    return lambda parts, victim: parts["train"].insert(
+        0,
         row(
             row_id,
             question.format(form=victim.lexemes[0], question=victim.question),
             text.format(form=victim.lexemes[0], caps=victim.lexemes[0].upper()),
             [form.format(form=victim.lexemes[0]) for form in lexemes],
             **{key: value.format(form=victim.lexemes[0]) for key, value in metadata.items()},
-        )
+        ),
     )
 
 
@@ -250,6 +251,26 @@ def test_certify_catches_sabotage(name, change):
 def test_certify_passes_near_misses():
     parts = sabotaged(leak("{form}ẖov and xi{form} are other words"))
     assert not any(certify(**parts)["overlaps"].values())
+
+
+def test_certify_finds_a_phrase_whose_words_stand_alone_too():
+    first, second = word(500), word(501)
+    victim = row("victim", "What is it?", f"{first} {second}.", [f"{first} {second}"])
+    alone = [row("1", f"{first}?", second), row("3", f"{second} {first}?", f"{first}, no. {second}")]
+    assert not any(certify([alone[0]], [], [victim], {"victim": False})["overlaps"].values())
+    assert certify([alone[0]], [], [victim], {"victim": False})["unseen_rows_sharing_a_word"]["test"] == 1
+    leaked = row("2", "Which?", f"The {first.upper()} - {second}.")
+    with pytest.raises(StoneyError, match="test_unseen_in_train 1 "):
+        certify([alone[0], leaked, alone[0]], [], [victim], {"victim": False})
+
+
+def test_a_column_named_form_is_no_form_of_other_data():
+    item = row("1", "What is it?", "A verb.", ["tâlo"])
+    assert row_forms(replace(item, metadata={"form": "verb"})) == {"tâlo"}
+    assert row_forms(replace(item, metadata={"form": "liẖtâlo", "language": "planted (invented)"})) == {
+        "tâlo",
+        "liẖtâlo",
+    }
 
 
 def test_split_rows_runs_certify(monkeypatch):
