@@ -15,8 +15,8 @@ it stays in training. The certificate counts the unseen rows of which a single w
 How rows are chosen. Rows with the same prompt move as one unit. Forms and units make a graph:
 
 1. Connected components are held out whole, in an order drawn from the seed, until the unseen rows are as many as asked.
-2. If that is not enough, components are cut: the forms of one unit, or a form with those that mostly stand beside it (a
-   stem with its inflected forms), are held out, cheapest cuts first. A unit that mentions a held-out form beside others
+2. If that is not enough, components are cut: a form with those that mostly stand beside it (a stem with its inflected
+   forms), then the forms of one unit, are held out, cheapest cuts first. A unit that mentions a held-out form beside others
    can be neither trained on nor tested: it is dropped, and counted.
 3. Seen rows are drawn from the units that are left, each only if training still mentions all its forms without it.
 
@@ -177,7 +177,7 @@ class _Assignment:
             for form in unit.mentions:
                 self.mentioned_by[form].append(index)
         self.components = _components(units, self.mentioned_by)
-        self.parts = [unit.forms for unit in units] + _families(units, self.mentioned_by)
+        self.parts = (_families(units, self.mentioned_by), [unit.forms for unit in units])
         self.held: dict[str, str] = {}  # form -> the split that it is held out for
 
     def _size(self, indices: Iterable[int]) -> int:
@@ -240,21 +240,22 @@ class _Assignment:
             if got >= wanted:
                 return got
 
-        candidates = self._candidates(self.parts, split, "cuts")
-        most_mentions = max(50, _WORK // max(1, len(candidates)))
-        ranked = []
-        for position, forms in enumerate(candidates):
-            if sum(len(self.mentioned_by[form]) for form in forms) <= most_mentions:
-                size, lost, _, _ = self._cost(forms, split, reusable)
-                rank = next((r for r, most in enumerate(_DROPS_PER_GAIN) if lost <= most * size), None)
-                if size and rank is not None:
-                    ranked.append((rank, position, forms))
-        for rank, _, forms in sorted(ranked, key=lambda entry: entry[:2]):
-            if got >= wanted - slack:
-                return got
-            size, lost, gained, dropped = self._cost(forms, split, reusable)
-            if 0 < size <= wanted + slack - got and lost <= _DROPS_PER_GAIN[rank] * size:
-                take(forms, gained, dropped)
+        for parts in self.parts:
+            candidates = self._candidates(parts, split, "cuts")
+            most_mentions = max(50, _WORK // max(1, len(candidates)))
+            ranked = []
+            for position, forms in enumerate(candidates):
+                if sum(len(self.mentioned_by[form]) for form in forms) <= most_mentions:
+                    size, lost, _, _ = self._cost(forms, split, reusable)
+                    rank = next((r for r, most in enumerate(_DROPS_PER_GAIN) if lost <= most * size), None)
+                    if size and rank is not None:
+                        ranked.append((rank, position, forms))
+            for rank, _, forms in sorted(ranked, key=lambda entry: entry[:2]):
+                if got >= wanted - slack:
+                    return got
+                size, lost, gained, dropped = self._cost(forms, split, reusable)
+                if 0 < size <= wanted + slack - got and lost <= _DROPS_PER_GAIN[rank] * size:
+                    take(forms, gained, dropped)
         if got == 0 and smallest and 4 * smallest[0] <= self._size(range(len(self.units))):
             take(smallest[1], smallest[2], set())
         return got
