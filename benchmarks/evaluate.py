@@ -21,10 +21,10 @@ from pathlib import Path
 if not __package__:  # run as a script: its own folder would hide the package `evaluate`
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from benchmarks import measure  # noqa: E402
-from stoney_rl import checkpoints, cli  # noqa: E402
-from stoney_rl.errors import StoneyError  # noqa: E402
-from stoney_rl.models import find_model  # noqa: E402
+from benchmarks import measure
+from stoney_rl import checkpoints, cli
+from stoney_rl.errors import StoneyError
+from stoney_rl.models import find_model
 
 ONE_BY_ONE = "one by one"
 
@@ -61,9 +61,7 @@ def main(argv: list[str] | None = None) -> None:
         for name, batch_size in ways.items():
             label = f"{repeat + 1}/{args.repeats} {name}"
             runs[name].append(
-                measure.in_process(
-                    answer, label, args.model, questions, batch_size, args.max_new_tokens, args.threads
-                )
+                measure.in_process(answer, label, args.model, questions, batch_size, args.max_new_tokens, args.threads)
             )
 
     expected = runs[ONE_BY_ONE][0]["answers"]

@@ -36,10 +36,10 @@ from pathlib import Path
 if not __package__:  # run as a script: its own folder would hide the package `evaluate`
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from benchmarks import matmul, measure  # noqa: E402
-from stoney_rl import checkpoints, cli  # noqa: E402
-from stoney_rl.errors import StoneyError  # noqa: E402
-from stoney_rl.models import find_model  # noqa: E402
+from benchmarks import matmul, measure
+from stoney_rl import checkpoints, cli
+from stoney_rl.errors import StoneyError
+from stoney_rl.models import find_model
 
 ROOT = Path(__file__).resolve().parent.parent
 TRL_DEFAULT, TRL_OURS = "trl sft", "trl sft, our settings"
@@ -185,7 +185,7 @@ def prepare(args: dict, work: Path) -> Workload:
     from peft import LoraConfig, get_peft_model
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from stoney_rl import corpus, data, models, prompts
+    from stoney_rl import data, models, prompts
 
     rows = data.load_rows(args["dataset"]).rows
     random.Random(args["seed"]).shuffle(rows)

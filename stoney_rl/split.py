@@ -3,14 +3,14 @@
 A held-out row is *unseen* if no training row mentions any of its forms, and *seen* if training rows mention all of
 them, in other wordings. The difference between a model's scores on the two is what it memorised.
 
-What counts as a mention. The forms of a row are its ``lexemes`` and ``lexemes.planted_form``. A row mentions a
-form that is among its own forms, or that stands in one of its messages, quoted or not, as whole words after
-``text.fold``; in doubt it is a mention: a hyphen separates words here and a possessive 's is dropped, so ``tâlo-like``
-and ``tâlo's`` mention (the invented) *tâlo*. A form of several words is mentioned by those words in that order, and not
-by one of them: otherwise a particle that many phrases share would chain all phrases together, and no phrase could be
-held out. Such a particle, where it is a row's form by itself, is mentioned by every phrase that holds it, so
-it stays in training. The certificate counts the unseen rows of which a single word does occur in training
-(``unseen_rows_sharing_a_word``). System messages are not counted: one is the same for a whole source.
+What counts as a mention. The forms of a row are its ``lexemes`` and its ``lexemes.planted_form``. A row mentions a form
+that is among its own forms, or that stands in one of them or in one of its messages, quoted or not, as whole words
+after ``text.fold``; in doubt it is a mention: a hyphen separates words here and a possessive 's is dropped, so
+``tâlo-like`` and ``tâlo's`` mention (the invented) *tâlo*. A form of several words is mentioned by those words in that
+order, and not by one of them: otherwise a particle that many phrases share would chain all phrases together, and no
+phrase could be held out. The certificate counts the unseen rows of which a single word does occur in training
+(``unseen_rows_sharing_a_word``). Where such a particle is a row's form by itself, every phrase mentions it, so it is
+too costly to hold out. System messages are not counted: one is the same for a whole source.
 
 How rows are chosen. Rows with the same prompt move as one unit. Forms and units make a graph:
 
@@ -20,7 +20,7 @@ How rows are chosen. Rows with the same prompt move as one unit. Forms and units
    can be neither trained on nor tested: it is dropped, and counted.
 3. Seen rows are drawn from the units that are left, each only if training still mentions all its forms without it.
 
-Rows without lexemes are always training rows. The draw hashes the seed with the prompts and the forms, so it does not
+Rows without lexemes are never held out. The draw hashes the seed with the prompts and the forms, so it does not
 depend on the order of the rows, their ids, or the process.
 """
 

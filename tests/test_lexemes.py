@@ -78,17 +78,17 @@ def test_extract_lexemes(question, answer, expected):
 
 
 def test_the_rows_correct_the_word_list():
-    # "sage" and "bare" are English to the list; "postpronominal" is not.
+    # "sage" and "lone" are English to the list; "postpronominal" is not.
     rows = [
-        row("What is `bare`?", 'See "bare mîva" and "sage tâlo".', row_id="1"),
-        row("What is `bare mîvach`?", 'See "bare tâlo", a postpronominal verb.', row_id="2"),
+        row("What is `lone`?", 'See "lone mîva" and "sage tâlo".', row_id="1"),
+        row("What is `lone mîvach`?", 'See "lone tâlo", a postpronominal verb.', row_id="2"),
         row('What is "sage" in `tâlo`?', "Sage is postpronominal; so is sage tea. The sage is a plant.", row_id="3"),
         row('What is "postpronominal"?', "A postpronominal verb.", row_id="4"),
     ]
     found = [item.lexemes for item in annotate(rows)]
     assert found == [
-        ["bare", "bare mîva", "sage tâlo"],
-        ["bare mîvach", "bare tâlo"],
+        ["lone", "lone mîva", "sage tâlo"],
+        ["lone mîvach", "lone tâlo"],
         ["tâlo"],
         [],
     ]
