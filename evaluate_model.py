@@ -29,6 +29,7 @@ RESULTS_FILE, SUMMARY_FILE = "results.json", "summary.txt"
 # Arguments that change nothing in the result.
 NOT_IDENTITY = {"overwrite", "config", "batch_size", "output_dir", "model_path", "baseline"}
 EXAMPLES = 10
+MIN_RESAMPLES = 100  # as metrics.intervals asks for, but before anything is generated
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -67,6 +68,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> None:
     args = cli.parse_args(build_parser(), argv)
+    if args.resamples < MIN_RESAMPLES:
+        raise StoneyError(f"--resamples {args.resamples}: expected at least {MIN_RESAMPLES}; 1,000 to 2,000 are usual")
     tracking.load_env()
 
     # 1. The systems: the model and its baselines.

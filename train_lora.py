@@ -231,31 +231,8 @@ def main(argv: list[str] | None = None) -> None:
     )
     say("one example, trained tokens between ⟦ and ⟧:\n" + prompts.show_example(tokenizer, train_set[0]) + "\n")
 
-    set_seed(args.seed)
-    model = models.load_model(
-        source, precision.weights, quantize_4bit=args.load_in_4bit, attn_implementation=args.attn_implementation
-    )
-    parent_fingerprint = checkpoints.check_fingerprint(Path(source.name), model)
-    tracker = tracking.start(
-        "train_lora",
-        vars(args),
-        mode=args.wandb_mode,
-        project=args.wandb_project,
-        entity=args.wandb_entity,
-        group=args.wandb_group
-        or runs.tracked_run(partial).get("group")
-        or checkpoints.tracked(source.name).get("group"),
-        name=args.wandb_name or output.name,
-        resume_id=runs.tracked_run(partial).get("run_id"),
-    )
-    if runs.is_main():
-        checkpoints.write_json(partial / runs.TRACKING_FILE, {"run_id": tracker.run_id, "group": tracker.group})
-
-    # 3. Train.
-    targets = args.lora_target_modules
-    trainer = training.AnswerTrainer(
-        model=model,
-        args=SFTConfig(
+    try:
+        config = SFTConfig(
             output_dir=str(partial),
             per_device_train_batch_size=args.batch_size,
             per_device_eval_batch_size=args.per_device_eval_batch_size or args.batch_size,
@@ -288,7 +265,33 @@ def main(argv: list[str] | None = None) -> None:
             report_to="none",
             use_cpu=not torch.cuda.is_available(),
             dataloader_pin_memory=torch.cuda.is_available(),
-        ),
+        )
+    except ValueError as error:  # such as an unknown --lr_scheduler_type or --optim
+        raise StoneyError(f"training arguments: {error}") from error
+    set_seed(args.seed)
+    model = models.load_model(
+        source, precision.weights, quantize_4bit=args.load_in_4bit, attn_implementation=args.attn_implementation
+    )
+    parent_fingerprint = checkpoints.check_fingerprint(Path(source.name), model)
+    tracker = tracking.start(
+        "train_lora",
+        vars(args),
+        mode=args.wandb_mode,
+        project=args.wandb_project,
+        entity=args.wandb_entity,
+        group=args.wandb_group
+        or runs.tracked_run(partial).get("group")
+        or checkpoints.tracked(source.name).get("group"),
+        name=args.wandb_name or output.name,
+        resume_id=runs.tracked_run(partial).get("run_id"),
+    )
+    if runs.is_main():
+        checkpoints.write_json(partial / runs.TRACKING_FILE, {"run_id": tracker.run_id, "group": tracker.group})
+
+    # 3. Train.
+    trainer = training.AnswerTrainer(
+        model=model,
+        args=config,
         train_dataset=Dataset.from_list(train_set),
         eval_dataset=Dataset.from_list(held_out) if held_out else None,
         processing_class=tokenizer,
@@ -297,7 +300,7 @@ def main(argv: list[str] | None = None) -> None:
             r=args.lora_rank,
             lora_alpha=args.lora_alpha,
             lora_dropout=args.lora_dropout,
-            target_modules=targets[0] if targets == ["all-linear"] else targets,
+            target_modules=training.target_modules(model, args.lora_target_modules),
             use_rslora=args.use_rslora,
             use_dora=args.use_dora,
         ),

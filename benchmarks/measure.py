@@ -104,7 +104,9 @@ def run_training(command: list[str], *, updates: int, env: dict[str, str], progr
 
 def in_process(function: Callable, *args: object) -> object:
     """``function(*args)`` in a fresh process, so that neither its imports nor its memory stay behind."""
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+    # At Ctrl-C the worker just ends: the traceback that Python would print there says nothing.
+    quietly = {"initializer": signal.signal, "initargs": (signal.SIGINT, signal.SIG_DFL)}
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn"), **quietly) as pool:
         try:
             return pool.submit(function, *args).result()
         except BrokenProcessPool as error:

@@ -16,8 +16,9 @@ Useful arithmetic of LoRA training on rows of s tokens with a answer tokens each
 N: weights of the linear layers that are applied to every token, A: of the adapters, V d: of the LM head, L: layers,
 D: width of attention (heads x head size). A weight costs 2 operations a token forward and 2 for the gradient of its
 input; a trained weight 2 more for its own gradient, which frozen weights do without, hence 4 N in place of the usual
-6 N (arXiv 2001.08361, section 2.1). The term of attention is that of PaLM, appendix B (arXiv 2204.02311). Activations that are
-computed again under gradient checkpointing, padding, and the head on prompt tokens are not useful and not counted.
+6 N (arXiv 2001.08361, section 2.1). The term of attention is that of PaLM, appendix B (arXiv 2204.02311).
+Activations that are computed again under gradient checkpointing, padding, and the head on prompt tokens are not
+useful and not counted.
 
 Writes --output. Rows are held in a temporary folder while it runs; no row's text is in the result.
 Exit codes: 0 done, 2 bad input, 130 interrupted.
@@ -98,6 +99,7 @@ def build_parser() -> argparse.ArgumentParser:
     same.add_argument("--max_length", type=cli.positive_int, default=512, help="tokens a row; longer rows are cut")
     same.add_argument("--lora_rank", type=cli.positive_int, default=16, help="on all linear layers")
     same.add_argument("--lora_alpha", type=cli.positive_int, default=32, help="scale: alpha / rank")
+    same.add_argument("--attn_implementation", help="sdpa, eager, ...; default: each one's own (sdpa)")
     same.add_argument("--learning_rate", type=cli.positive_float, default=2e-4, help="peak learning rate")
     same.add_argument("--seed", type=cli.non_negative_int, default=0, help="choice and order of rows, adapter")
     parser.add_argument("--dtype", choices=["auto", "bf16", "fp32"], default="auto",
@@ -117,7 +119,6 @@ def main(argv: list[str] | None = None) -> None:
         raise StoneyError(f"--output {args.output}: a directory; name a file")
     from tqdm import tqdm
 
-    args.model = str(Path(args.model).resolve()) if source.kind == "model" else args.model
     machine = measure.machine(args.threads)
     print(f"{machine['cpu']}, {machine['cores']} cores, torch threads {args.threads}")
     notice = measure.load_notice(machine["load"], machine["cores"])
@@ -155,7 +156,7 @@ def main(argv: list[str] | None = None) -> None:
     }
     results = {name: summarise(name, entries, load, args, ceiling) for name, entries in runs.items()}
     for name, entry in results.items():
-        entry["command"] = [Path(commands[name][0]).name, *commands[name][1:]]
+        entry["command"] = readable(commands[name], work)
     report = checkpoints.describe_stage(
         "benchmark-sft",
         arguments=vars(args),
@@ -182,7 +183,6 @@ def prepare(args: dict, work: Path) -> Workload:
     import random
 
     import torch
-    from peft import LoraConfig, get_peft_model
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from stoney_rl import data, models, prompts
@@ -209,10 +209,8 @@ def prepare(args: dict, work: Path) -> Workload:
     config = AutoConfig.from_pretrained(args["model"])
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-        head = model.get_output_embeddings()
-        linear = sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not head)
-        lora = LoraConfig(task_type="CAUSAL_LM", r=args["lora_rank"], target_modules="all-linear")
-        adapter = get_peft_model(model, lora).get_nb_trainable_parameters()[0]
+    head = model.get_output_embeddings()
+    linear = [m for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not head]
     text = config.get_text_config()
     heads = text.num_attention_heads
     return Workload(
@@ -222,13 +220,13 @@ def prepare(args: dict, work: Path) -> Workload:
         squared_tokens=sum(length**2 for length, _ in counts),
         longest=max(length for length, _ in counts),
         data_sha256=chosen.rowset.sha256,
-        linear_weights=linear,
-        adapter_weights=adapter,
+        linear_weights=sum(layer.weight.numel() for layer in linear),
+        adapter_weights=sum(args["lora_rank"] * sum(layer.weight.shape) for layer in linear),
         head_weights=head.weight.numel(),
         layers=text.num_hidden_layers,
         attention_width=heads * (getattr(text, "head_dim", None) or text.hidden_size // heads),
         hidden=text.hidden_size,
-        intermediate=text.intermediate_size,
+        intermediate=getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
         autocast=cpu_autocast(args["dtype"]),
     )
 
@@ -291,7 +289,7 @@ def command(variant: str, args: argparse.Namespace, load: Workload, work: Path, 
         "save_steps": 1_000_000,  # the last update is always saved
         "seed": args.seed,
         "output_dir": output,
-    }
+    } | ({"attn_implementation": args.attn_implementation} if args.attn_implementation else {})
     if variant in (OURS_DEFAULT, OURS_FAST):
         own = {
             "model": args.model,
@@ -328,6 +326,14 @@ def flags(values: dict) -> list[str]:
     return [token for key, value in values.items() for token in (f"--{key}", str(value))]
 
 
+def readable(command: list[str], work: Path) -> list[str]:
+    """The command as a person would type it: programs by their names, the temporary folder as WORK."""
+    places = {str(work): "WORK", f"{ROOT}/": "", f"{Path(command[0]).parent}/": ""}
+    for place, name in places.items():
+        command = [token.replace(place, name) for token in command]
+    return command
+
+
 def environment(threads: int, work: Path) -> dict[str, str]:
     """For both sides: the same threads (`trl sft` alone would take one), no GPU, no hub, caches in ``work``."""
     return os.environ | {
@@ -344,7 +350,7 @@ def read_log(output: Path, variant: str, load: Workload) -> dict:
     states = [json.loads(path.read_text(encoding="utf-8")) for path in output.rglob("trainer_state.json")]
     if not states:
         raise StoneyError(f"{variant}: wrote no trainer_state.json into {output}; was it interrupted?")
-    records = [record for record in max(states, key=lambda state: state["global_step"])["log_history"]]
+    records = max(states, key=lambda state: state["global_step"])["log_history"]
     losses = [record["loss"] for record in records if "loss" in record]
     counted = round(max(record.get("num_tokens", 0) for record in records))
     # TRL also trains on what the chat template writes after the end of the turn (SmolLM2: a newline).
@@ -381,27 +387,33 @@ def summarise(name: str, entries: list[dict], load: Workload, args: argparse.Nam
 
 
 def table(results: dict, ceiling: dict, shapes: dict) -> str:
-    reference = next(iter(results))
+    first = next(iter(results))
+    width = max(map(len, results))
     lines = [
         "",
-        f"{'':42} {'answer':>7} {'all':>7} {'':>6} {'s an':>6} {'peak MB':>8} {'peak MB':>8} {'training':>13} "
-        f"{'whole':>6} {'GFLOP':>6} {'of mat-':>7} {'mean':>6}",
-        f"{'':42} {'tok/s':>7} {'tok/s':>7} {'speed':>6} {'update':>6} {'training':>8} {'whole':>8} {'s (range)':>13} "
-        f"{'run s':>6} {'/s':>6} {'mul':>7} {'loss':>6}",
+        f"{'':{width}}  answer tok/s  all tok/s  speed  s an update  training s (range)  whole run s  mean loss",
     ]
     for name, entry in results.items():
-        low, high = entry["training_seconds_range"]
+        spread = "{:.1f}-{:.1f}".format(*entry["training_seconds_range"])
         lines.append(
-            f"{name:42} {entry['answer_tokens_per_second']:7.1f} {entry['tokens_per_second']:7.1f} "
-            f"{results[reference]['training_seconds'] / entry['training_seconds']:5.2f}x {entry['update_seconds']:6.2f} "
-            f"{megabytes(entry['peak_training_bytes']):>8} {megabytes(entry['peak_bytes']):>8} "
-            f"{f'{low:.1f}-{high:.1f}':>13} {entry['process_seconds']:6.1f} {entry['useful_gflops']:6.1f} "
-            f"{entry['share_of_matmul']['layer']:7.0%} {entry['loss']:6.3f}"
+            f"{name:{width}}  {entry['answer_tokens_per_second']:12.1f}  {entry['tokens_per_second']:9.1f}  "
+            f"{results[first]['training_seconds'] / entry['training_seconds']:4.2f}x  {entry['update_seconds']:11.2f}  "
+            f"{spread:>18}  {entry['process_seconds']:11.1f}  {entry['loss']:9.3f}"
         )
-    lines += ["", "Plain matrix products, GFLOP/s (the share above is of the first shape, in the variant's dtype):"]
+    lines += [
+        "",
+        f"{'':{width}}  peak MB: training  whole run  dtype  useful GFLOP/s  of the layer's product  of a square",
+    ]
+    for name, entry in results.items():
+        lines.append(
+            f"{name:{width}}  {megabytes(entry['peak_training_bytes']):>17}  {megabytes(entry['peak_bytes']):>9}  "
+            f"{entry['dtype']:>5}  {entry['useful_gflops']:14.1f}  {entry['share_of_matmul']['layer']:22.0%}  "
+            f"{entry['share_of_matmul']['square']:11.0%}"
+        )
+    lines += ["", f"speed: training time of {first} / training time. Plain matrix products on this machine:"]
     for shape, sizes in shapes.items():
         by_dtype = ", ".join(f"{dtype} {rates[shape]:.0f}" for dtype, rates in ceiling.items())
-        lines.append(f"  {' x '.join(map(str, sizes)):>18}: {by_dtype}")
+        lines.append(f"  {shape:6}  {' x '.join(map(str, sizes)):>18}  {by_dtype} GFLOP/s")
     return "\n".join(lines)
 
 

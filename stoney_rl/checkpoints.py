@@ -60,6 +60,8 @@ def staged(final: Path, *, overwrite: bool = False) -> Iterator[Path]:
 def publish(work: Path, final: Path) -> None:
     """Give the finished directory ``work`` its final name, in place of an older directory if there is one."""
     replaced = final.parent / f".{final.name}.tmp-old"
+    if replaced.exists():  # left by a kill in the last line
+        shutil.rmtree(replaced)
     if final.exists():
         os.rename(final, replaced)
     os.rename(work, final)

@@ -21,9 +21,16 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescrip
         return super()._get_help_string(action)
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, without the page of usage in front of it."""
+
+    def error(self, message: str) -> None:
+        self.exit(EXIT_BAD_INPUT, f"{self.prog}: error: {message} (--help lists the flags)\n")
+
+
 def make_parser(doc: str) -> argparse.ArgumentParser:
     """A parser whose help text is the script's docstring; abbreviated flags are errors."""
-    parser = argparse.ArgumentParser(description=doc, formatter_class=_HelpFormatter, allow_abbrev=False)
+    parser = _Parser(description=doc, formatter_class=_HelpFormatter, allow_abbrev=False)
     parser.add_argument(
         "--config", metavar="FILE.yaml", help="YAML file that sets any flag below; the command line wins"
     )
@@ -90,7 +97,12 @@ def parse_args(parser: argparse.ArgumentParser, argv: list[str] | None = None) -
     config_path = finder.parse_known_args(argv)[0].config
     if config_path is None:
         return parser.parse_args(argv)
-    flags = {action.dest: action for action in parser._actions if action.option_strings}
+    flags = {
+        flag.removeprefix("--"): action
+        for action in parser._actions
+        for flag in action.option_strings
+        if flag.startswith("--") and flag.removeprefix("--no-") != action.dest
+    }
     given = {token.split("=", 1)[0] for token in argv if token.startswith("--")}
     tokens: list[str] = []
     for key, value in _read_yaml(parser, config_path).items():

@@ -17,7 +17,7 @@ PLAIN_TEMPLATE = (
 )
 # Stands for the answer while a template is rendered; no template changes plain letters.
 _ANSWER_MARK = "STONEYRLANSWERMARK"
-# Tokens that some tokenizer families reserve for padding, or that can never end a turn.
+# Tokens that some tokenizer families reserve for padding, or that can never end a turn; then any other named 'pad'.
 _PAD_CANDIDATES = ("<pad>", "<|pad|>", "[PAD]", "<|finetune_right_pad_id|>", "<|endoftext|>", "<|padding|>", "<unk>")
 
 
@@ -48,7 +48,9 @@ def _adds_bos(tokenizer: "PreTrainedTokenizerBase") -> bool:
 def _choose_pad_token(tokenizer: "PreTrainedTokenizerBase") -> str:
     vocabulary = tokenizer.get_vocab()
     ends = end_of_turn_ids(tokenizer)
-    for token in (*_PAD_CANDIDATES, tokenizer.unk_token, *tokenizer.all_special_tokens):
+    # DeepSeek-R1-Distill-Qwen pads with its end-of-sequence token and has no unknown token, only <|fim_pad|> and the like.
+    named = sorted(token for token in tokenizer.get_added_vocab() if "pad" in token.lower())
+    for token in (*_PAD_CANDIDATES, *named, tokenizer.unk_token, *tokenizer.all_special_tokens):
         if token in vocabulary and vocabulary[token] not in ends and token != tokenizer.bos_token:
             return token
     raise StoneyError(
@@ -120,8 +122,11 @@ def encode_example(
         if ids[position] in ends:
             ids = ids[: position + 1]
             break
-    else:
-        ids = [*ids[: len(ids) - closing], tokenizer.eos_token_id]
+    else:  # the template writes no such token; what it writes may have merged with the answer's last one
+        ids = tokenizer(before + answer, add_special_tokens=False)["input_ids"]
+        if ids[: len(prompt_ids)] != prompt_ids:
+            ids = prompt_ids + tokenizer(answer, add_special_tokens=False)["input_ids"]
+        ids = [*ids, tokenizer.eos_token_id]
     return {"input_ids": ids, "labels": [-100] * len(prompt_ids) + ids[len(prompt_ids) :]}
 
 

@@ -48,11 +48,11 @@ def is_finished(outputs: list[Path], identity: dict, *, overwrite: bool, record:
 def open_partial(output: Path, identity: dict, *, resume: bool, overwrite: bool) -> Path:
     """Make or reopen the directory of the unfinished run.
 
-    Raises ``StoneyError`` if there is one and neither ``resume`` nor ``overwrite`` is said, if it was started with
+    One that holds no checkpoint and no answers yet is made anew. Raises ``StoneyError`` if there is one that does and neither ``resume`` nor ``overwrite`` is said, if it was started with
     other arguments, and if it cannot be written.
     """
     partial = partial_directory(output)
-    if partial.exists() and overwrite and is_main():
+    if partial.exists() and is_main() and (overwrite or not _holds_work(partial)):
         shutil.rmtree(partial)
     if partial.exists() and is_main():
         before = _read(partial / IDENTITY_FILE)
@@ -98,6 +98,10 @@ def relaunch_on_gpus(number: int | None) -> None:
     sys.stdout.flush()
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={number or available}"]
     os.execv(sys.executable, [sys.executable, *launcher, *sys.argv])
+
+
+def _holds_work(partial: Path) -> bool:
+    return last_checkpoint(partial) is not None or any(partial.rglob("predictions.jsonl"))
 
 
 def _read(path: Path) -> dict | None:

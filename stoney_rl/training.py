@@ -226,6 +226,22 @@ def quiet_progress(trainer: Trainer) -> None:
     trainer.add_callback(_QuietProgress)
 
 
+def target_modules(model: PreTrainedModel, names: list[str]) -> str | list[str]:
+    """``--lora_target_modules`` as PEFT takes it. Raises ``StoneyError`` for a name that no linear layer ends in."""
+    if names == ["all-linear"]:
+        return "all-linear"
+    linear = {name.rsplit(".", 1)[-1] for name, layer in model.named_modules() if hasattr(layer, "in_features")}
+    linear = sorted(
+        linear - {"lm_head"}
+    )  # TRL scores the head's weights by themselves: an adapter there would not train
+    unknown = [name for name in names if name.rsplit(".", 1)[-1] not in linear]
+    if unknown:
+        raise StoneyError(
+            f"--lora_target_modules {' '.join(unknown)}: the model has {', '.join(linear)}, or all-linear"
+        )
+    return names
+
+
 def check_saved_adapter(model: PeftModel, directory: Path) -> None:
     """Raise ``StoneyError`` unless the adapter file in ``directory`` holds exactly ``model``'s adapter, bit for bit."""
     saved = load_file(directory / "adapter_model.safetensors")

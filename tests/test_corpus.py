@@ -244,7 +244,7 @@ def test_what_a_parent_was_trained_on_counts_too(source, tmp_path):
         assert found.seen[r.id] == any(r.lexemes == t.lexemes for t in first.split.train)
 
     third = train(tmp_path / "again", corpus.prepare(source, split_seed=8), parent={"path": parent})
-    with pytest.raises(StoneyError, match="were trained on, by .*again or a checkpoint that it comes from"):
+    with pytest.raises(StoneyError, match=r"were trained on, by .*again or a checkpoint that it comes from"):
         held_out(third)
 
 

@@ -65,10 +65,10 @@ def run(script: str, *argv: str, cwd: Path, **env: str) -> subprocess.CompletedP
 
 
 def assert_refused(done: subprocess.CompletedProcess, script: str, *said: str) -> None:
-    """Exit code 2, and on stderr one line for each of ``said`` and nothing else (argparse prints the usage first)."""
+    """Exit code 2, and on stderr one line for each of ``said`` and nothing else."""
     assert done.returncode == 2, done.stdout + done.stderr
     assert "Traceback" not in done.stderr
-    lines = [line for line in done.stderr.splitlines() if not line.startswith(("usage:", "  "))]
+    lines = done.stderr.splitlines()
     assert len(lines) == len(said), done.stderr
     for line, words in zip(lines, said, strict=True):
         assert line.startswith(f"{script}: error: ") and re.search(words, line), line
