@@ -123,16 +123,9 @@ def main(argv: list[str] | None = None) -> None:
     # 3. One pass of generation for each system.
     from stoney_rl.metrics import report, retrieval
 
-    tracker = tracking.start(
-        "evaluate_model",
-        vars(args),
-        mode=args.wandb_mode,
-        project=args.wandb_project,
-        entity=args.wandb_entity,
-        group=args.wandb_group or checkpoints.tracked(source.name).get("group"),
-        name=args.wandb_name or output.name,
-    )
-    tracker.use_artifact(checkpoints.tracked(source.name).get("artifact"))
+    parent = checkpoints.tracked(source.name)
+    tracker = tracking.start_stage("evaluate_model", args, name=output.name, group=parent.get("group"))
+    tracker.use_artifact(parent.get("artifact"))
     answers, seconds = {}, {}
     for name, system in systems.items():
         started = time.monotonic()

@@ -13,6 +13,7 @@ Exit codes: 0 done, 2 bad input, 130 interrupted.
 """
 
 import argparse
+import gc
 import math
 import os
 import time
@@ -273,17 +274,13 @@ def main(argv: list[str] | None = None) -> None:
         source, precision.weights, quantize_4bit=args.load_in_4bit, attn_implementation=args.attn_implementation
     )
     parent_fingerprint = checkpoints.check_fingerprint(Path(source.name), model)
-    tracker = tracking.start(
+    before = runs.tracked_run(partial)
+    tracker = tracking.start_stage(
         "train_lora",
-        vars(args),
-        mode=args.wandb_mode,
-        project=args.wandb_project,
-        entity=args.wandb_entity,
-        group=args.wandb_group
-        or runs.tracked_run(partial).get("group")
-        or checkpoints.tracked(source.name).get("group"),
-        name=args.wandb_name or output.name,
-        resume_id=runs.tracked_run(partial).get("run_id"),
+        args,
+        name=output.name,
+        group=before.get("group") or checkpoints.tracked(source.name).get("group"),
+        resume_id=before.get("run_id"),
     )
     if runs.is_main():
         checkpoints.write_json(partial / runs.TRACKING_FILE, {"run_id": tracker.run_id, "group": tracker.group})
@@ -332,12 +329,13 @@ def main(argv: list[str] | None = None) -> None:
         )
         checkpoints.write_json(partial / corpus.SPLIT_FILE, rows.training_record())
         data.write_quarantine(partial / "quarantine.jsonl", rows.rowset.quarantine)
-        del trainer.model, model  # the merge below loads the base again, in fp32
+        del trainer, model
+        gc.collect()  # the patched forward holds the model in a cycle; the merge loads the base again, in fp32
         difference = training.save_merged(partial, merged, stage, dtype=merged_dtype(args, precision))
         checkpoints.publish(partial, output)
         print(f"{merged}: merged in fp32; its logits equal the adapter's within {difference:.1g}")
         print(
-            f"{output}: adapter, {trainer.state.global_step} updates"
+            f"{output}: adapter, {stage['training']['steps']} updates"
             + (f", held-out loss {final_loss:.3f}" if final_loss else "")
         )
         tracker.artifact(output.name, "adapter", str(output), exclude=("checkpoint-*",))

@@ -46,16 +46,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     args = cli.parse_args(build_parser(), argv)
-    tracker = tracking.start(
-        "wandb_sample",
-        {"timeout": args.timeout},
-        mode=args.wandb_mode,
-        project=args.wandb_project,
-        entity=args.wandb_entity,
-        group=args.wandb_group,
-        name=args.wandb_name or "wandb_sample",
-        timeout=args.timeout,
-    )
+    tracker = tracking.start_stage("wandb_sample", args, name="wandb_sample", timeout=args.timeout)
     refused = tracker.failures["start"] > 0
     show("mode", f"{tracker.mode} ({tracker.reason})")
     if tracker.mode == "disabled":

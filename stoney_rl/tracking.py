@@ -30,10 +30,13 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from stoney_rl.errors import StoneyError
+
+if TYPE_CHECKING:
+    import argparse
 
 DEFAULT_PROJECT = "stoney-rl"
 REDACTED = "[redacted]"
@@ -360,6 +363,29 @@ def start(
     _active.append(tracker)
     atexit.register(tracker._at_exit)
     return tracker
+
+
+def start_stage(
+    stage: str,
+    args: "argparse.Namespace",
+    *,
+    name: str,
+    group: str | None = None,
+    resume_id: str | None = None,
+    timeout: float = START_SECONDS,
+) -> "Tracker":
+    """``start`` with a stage's arguments: its flags (``cli.add_tracking_flags``) win over ``name`` and ``group``."""
+    return start(
+        stage,
+        vars(args),
+        mode=args.wandb_mode,
+        project=args.wandb_project,
+        entity=args.wandb_entity,
+        group=args.wandb_group or group,
+        name=args.wandb_name or name,
+        resume_id=resume_id,
+        timeout=timeout,
+    )
 
 
 class Tracker:

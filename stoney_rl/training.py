@@ -263,11 +263,11 @@ def save_merged(adapter: Path, merged: Path, stage: dict, *, dtype: torch.dtype)
     source = models.find_model(str(adapter))
     model = models.load_model(source, torch.float32)
     tokenizer = models.load_tokenizer(source)
-    adapter_logits, adapter_fingerprint = checkpoints.probe_logits(model), checkpoints.fingerprint(model)
+    logits, adapter_fingerprint = checkpoints.probe_logits(model), checkpoints.fingerprint(model)
     model = model.merge_and_unload()
-    difference = float(
-        (checkpoints.probe_logits(model) - adapter_logits).abs().max() / adapter_logits.abs().max().clamp(min=1)
-    )
+    scale = logits.abs().max().clamp(min=1)
+    difference = float((checkpoints.probe_logits(model) - logits).abs().max() / scale)
+    del logits
     if difference > checkpoints.LOGIT_TOLERANCE:
         raise StoneyError(
             f"{merged}: logits differ from the adapter's by {difference:.2g} after merging; please report this model"
@@ -280,8 +280,9 @@ def save_merged(adapter: Path, merged: Path, stage: dict, *, dtype: torch.dtype)
         model.save_pretrained(work)
         tokenizer.save_pretrained(work)
         shutil.copy(adapter / SPLIT_FILE, work / SPLIT_FILE)
-        reloaded = models.load_model(models.find_model(str(work)), dtype)
         fingerprint = checkpoints.fingerprint(model)
+        del model  # one copy of the weights at a time
+        reloaded = models.load_model(models.find_model(str(work)), dtype)
         if checkpoints.fingerprint(reloaded) != fingerprint:
             raise StoneyError(
                 f"{merged}: the saved weights compute other logits than the merged model; is the disk full?"

@@ -19,7 +19,7 @@ from stoney_rl import checkpoints, corpus, data, generation, lexemes, models, pl
 from stoney_rl.errors import StoneyError
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-QUICK = ["--wandb_mode", "disabled", "--resamples", "100", "--max_new_tokens", "6", "--batch_size", "4"]
+QUICK = ["--wandb_mode", "disabled", "--resamples", "1000", "--max_new_tokens", "6", "--batch_size", "4"]
 METRICS, GROUPS = {"chrf", "exact", "form"}, {"all", "seen", "unseen"}
 
 
@@ -167,16 +167,15 @@ def test_no_number_without_its_signature(world, finished):
     assert list(results["systems"]) == ["tuned_merged", "base", "retrieval"]
     assert results["versions"]["torch"] and results["lineage"][0].startswith(f"{world.merged}: sft")
     for system in results["systems"].values():
-        assert (system["n"], system["seed"], system["resamples"]) == (results["n"], 0, 100)
+        assert (system["n"], system["seed"], system["resamples"]) == (results["n"], 0, 1000)
         assert system["groups"].keys() == GROUPS
         sizes = system["group_sizes"]
         assert sizes["seen"] > 0 and sizes["unseen"] > 0 and sizes["seen"] + sizes["unseen"] == sizes["all"]
         for group, metrics in system["groups"].items():
             assert metrics.keys() == METRICS
             for name, entry in metrics.items():
-                print(group, name, entry, sizes)
                 assert entry["n"] == sizes[group] and entry["low"] <= entry["value"] <= entry["high"]
-                assert "bs:100|seed:0" in entry["signature"]
+                assert "bs:1000|seed:0" in entry["signature"]
                 assert ("chrF2++" in entry["signature"]) == (name == "chrf")
     assert [(c["a"], c["b"]) for c in results["comparisons"]] == [
         ("base", "tuned_merged"),
@@ -316,7 +315,7 @@ def test_a_finished_run_is_shown_again_and_loads_nothing(world, finished, genera
         ["--seed", "1"],
         ["--max_new_tokens", "7"],
         ["--num_samples", "5"],
-        ["--resamples", "101"],
+        ["--resamples", "1001"],
         ["--split", "validation"],
         [],
     ],

@@ -1,0 +1,206 @@
+"""The benchmarks: how times, memory and arithmetic are taken, and a run of both on tiny models."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+
+from benchmarks import evaluate, matmul, measure, sft
+from stoney_rl.errors import StoneyError
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+PLANTED = REPOSITORY / "data" / "planted" / "rows.jsonl"
+
+# Three updates of 0.2 s after half a second of 'loading', another bar in between, and 0.3 s of 'saving', at whose
+# beginning the process grows by 200 MB.
+TRAINER = """
+import sys, time
+def bar(name, done, total):
+    sys.stderr.write(f"\\r{name}{100 * done // total:3d}%|###   | {done}/{total} [00:00<00:00,  5.00it/s]"); sys.stderr.flush()
+bar("Tokenizing: ", 3, 3)
+time.sleep(0.5)
+bar("", 0, 3)
+for step in range(1, 4):
+    time.sleep(0.2)
+    sys.stderr.write("\\rloss 1.0\\n")
+    bar("", step, 3)
+time.sleep(0.15)
+saved = bytearray(b"x") * 200_000_000
+time.sleep(0.15)
+"""
+
+
+def run(code: str, updates: int = 3) -> measure.Run:
+    seen = []
+    done = measure.run_training([sys.executable, "-c", code], updates=updates, env={}, progress=seen.append)
+    assert seen == list(range(updates + 1))
+    return done
+
+
+def test_times_are_those_of_the_progress_bar():
+    done = run(TRAINER)
+    assert done.updates[0] >= 0.5
+    # Three sleeps of 0.2 s, without the loading before and the saving after; a busy machine may delay a reading.
+    assert 0.4 < done.training_seconds < done.seconds - 0.5
+    assert len(done.update_seconds) == 3
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc tells the peak so far")
+def test_peak_memory_of_training_leaves_out_what_comes_after():
+    done = run(TRAINER.replace("0.15", "1"))
+    assert done.peak_bytes > 200_000_000
+    assert 1_000_000 < done.peak_training_bytes < done.peak_bytes - 100_000_000
+
+
+def test_memory_is_that_of_the_process_that_trains_behind_a_launcher():
+    launcher = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {TRAINER!r}])"
+    assert run(launcher).peak_bytes > 200_000_000
+
+
+def test_a_command_that_fails_shows_the_end_of_its_output():
+    code = "import sys; print('first'); print('CUDA is on fire', file=sys.stderr); sys.exit(3)"
+    with pytest.raises(StoneyError, match=r"code 3[\s\S]*CUDA is on fire"):
+        measure.run_training([sys.executable, "-c", code], updates=3, env={}, progress=print)
+
+
+def test_a_bar_of_another_length_is_not_taken_for_training():
+    with pytest.raises(StoneyError, match="update 0 of 4"):
+        measure.run_training([sys.executable, "-c", TRAINER], updates=4, env={}, progress=print)
+
+
+def test_useful_arithmetic_by_hand():
+    load = sft.Workload(
+        rows=1, tokens=10, answer_tokens=4, squared_tokens=100, longest=10, data_sha256="", linear_weights=1000,
+        adapter_weights=100, head_weights=500, layers=2, attention_width=8, hidden=8, intermediate=16, autocast="fp32",
+    )  # fmt: skip
+    # (4 x 1000 + 6 x 100) x 10  +  4 x 500 x 4  +  12 x 2 x 8 x 100
+    assert load.useful_flops == 46_000 + 8_000 + 19_200
+
+
+def test_weights_and_tokens_are_counted_by_hand(tmp_path):
+    model = tiny.checkpoint(tmp_path / "model")
+    arguments = ["--model", str(model), "--dataset", str(PLANTED), "--steps", "5", "--lora_rank", "4"]
+    load = sft.prepare(vars(sft.build_parser().parse_args(arguments)), tmp_path)
+    # A layer of width 32: query and output 32 x 32, key and value (2 of 4 heads) 32 x 16, MLP 3 x 32 x 64.
+    assert load.linear_weights == 2 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 64)
+    assert load.adapter_weights == 2 * 4 * (2 * 64 + 2 * 48 + 3 * 96)
+    assert load.head_weights == 259 * 32
+    assert (load.layers, load.attention_width) == (2, 32)
+    rows = [json.loads(line) for line in (tmp_path / "trl" / "train.jsonl").read_text().splitlines()]
+    assert load.rows == len(rows) <= 40
+    # The byte-level tokenizer: a token a byte, and one that ends the turn.
+    assert load.answer_tokens == sum(len(row["completion"][0]["content"].encode()) + 1 for row in rows)
+
+
+@pytest.mark.parametrize("wanted", [24, 40, 160])
+def test_rows_fill_the_updates_but_not_more(tmp_path, wanted):
+    from stoney_rl import corpus, data
+
+    rows = data.load_rows(PLANTED).rows
+    chosen = sft.choose_rows(rows, wanted, tmp_path / "rows.jsonl")
+    assert 0.9 * wanted <= len(chosen.split.train) <= wanted
+    again = corpus.prepare(tmp_path / "rows.jsonl")  # what train_lora.py makes of the file
+    assert [row.id for row in again.split.train] == [row.id for row in chosen.split.train]
+
+
+@pytest.mark.parametrize(("wanted", "message"), [(4000, "too few"), (8, "--steps")])
+def test_too_many_or_too_few_rows_are_refused(tmp_path, wanted, message):
+    from stoney_rl import data
+
+    with pytest.raises(StoneyError, match=message):
+        sft.choose_rows(data.load_rows(PLANTED).rows, wanted, tmp_path / "rows.jsonl")
+
+
+def test_tokens_that_the_trainer_did_not_see_are_an_error(tmp_path):
+    load = sft.Workload(10, 100, 30, 1000, 12, "", 1, 1, 1, 1, 1, 1, 1, "fp32")
+
+    def log(tokens):
+        state = {
+            "global_step": 1,
+            "log_history": [{"loss": 2.0, "num_tokens": 60.0}, {"loss": 1.0, "num_tokens": tokens}],
+        }
+        (tmp_path / "trainer_state.json").write_text(json.dumps(state))
+        return state
+
+    log(100.0)
+    assert sft.read_log(tmp_path, sft.OURS_FAST, load) == {"loss": 1.5, "trainer_tokens": 100}
+    log(110.0)  # one newline a row behind the end of the turn
+    assert sft.read_log(tmp_path, sft.TRL_DEFAULT, load)["trainer_tokens"] == 110
+    with pytest.raises(StoneyError, match="110 tokens"):
+        sft.read_log(tmp_path, sft.OURS_DEFAULT, load)
+    log(90.0)
+    with pytest.raises(StoneyError, match="90 tokens"):
+        sft.read_log(tmp_path, sft.TRL_DEFAULT, load)
+
+
+def test_matmul_rates_are_positive_and_of_every_shape():
+    rates = matmul.rates({"small": (64, 32, 16)}, threads=1, seconds=0.01)
+    assert set(rates) == {"fp32", "bf16"}
+    assert all(rate["small"] > 0 for rate in rates.values())
+
+
+@pytest.mark.parametrize("script", ["sft.py", "evaluate.py", "matmul.py"])
+def test_help_is_quick_and_loads_nothing_heavy(script, tmp_path):
+    code = (
+        "import sys, runpy\n"
+        f"sys.argv = ['{script}', '--help']\n"
+        f"sys.path[0] = {str(REPOSITORY / 'benchmarks')!r}\n"  # as python benchmarks/<script> sets it
+        f"try: runpy.run_path({str(REPOSITORY / 'benchmarks' / script)!r}, run_name='__main__')\n"
+        "except SystemExit as end: assert end.code == 0\n"
+        "heavy = {'torch', 'transformers', 'datasets', 'trl', 'peft', 'pandas', 'numpy'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+        "assert not any(path.endswith('benchmarks') for path in sys.path), 'hides the package evaluate'\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "--model" in done.stdout or script == "matmul.py"
+
+
+@pytest.mark.parametrize("benchmark", [sft, evaluate])
+def test_a_missing_checkpoint_names_the_command_that_makes_it(benchmark, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(StoneyError, match=r"python prepare_base_model\.py"):
+        benchmark.main([])
+
+
+@pytest.mark.slow
+def test_evaluate_end_to_end(tmp_path, capsys):
+    model, output = tiny.checkpoint(tmp_path / "model"), tmp_path / "new" / "evaluate.json"
+    evaluate.main(
+        ["--model", str(model), "--dataset", str(PLANTED), "--output", str(output), "--num_samples", "6",
+         "--max_new_tokens", "5", "--batch_sizes", "4", "--repeats", "1", "--threads", "1"]
+    )  # fmt: skip
+    report = json.loads(output.read_text())
+    assert list(report["results"]) == ["one by one", "batches of 4"]
+    for entry in report["results"].values():
+        assert entry["identical"] == entry["of"] == 6
+        assert entry["peak_bytes"] > 100_000_000  # torch alone
+        assert entry["samples_per_second"] == pytest.approx(6 / entry["seconds"])
+    assert "6 of 6" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_sft_end_to_end(tmp_path, capsys):
+    model, output = tiny.checkpoint(tmp_path / "model"), tmp_path / "sft.json"
+    sft.main(
+        ["--model", str(model), "--dataset", str(PLANTED), "--output", str(output), "--steps", "5", "--repeats", "1",
+         "--threads", "1", "--dtype", "fp32", "--variants", sft.TRL_OURS, sft.OURS_FAST]
+    )  # fmt: skip
+    text = output.read_text()
+    report = json.loads(text)
+    trl, ours = report["results"][sft.TRL_OURS], report["results"][sft.OURS_FAST]
+    load = report["workload"]
+    assert load["updates"] == 5
+    for entry in (trl, ours):
+        assert entry["answer_tokens_per_second"] == pytest.approx(load["answer_tokens"] / entry["training_seconds"])
+        assert len(entry["runs"][0]["updates"]) == 6
+        assert entry["peak_bytes"] > 100_000_000
+    assert ours["runs"][0]["trainer_tokens"] == load["tokens"]
+    assert trl["runs"][0]["trainer_tokens"] == load["tokens"] + load["rows"]  # the newline behind each turn
+    # The same rows from the same weights: a random model's loss is about log(259) in both.
+    assert ours["loss"] == pytest.approx(trl["loss"], rel=0.02)
+    assert "stoney-benchmark-" not in text  # where the rows were kept
+    assert "speed" in capsys.readouterr().out
