@@ -6,7 +6,7 @@
 One at a time is the plain loop around transformers' `model.generate` that a user would write. Both are greedy, in fp32,
 on the same prompts, each in a process of its own, in turn, --repeats times. Time is generation alone, after a first
 short answer that is not counted; loading is outside of it. Reports samples and tokens a second, peak memory, and how many
-answers equal those of one prompt at a time, token by token.
+answers equal those of one prompt at a time, in text and number of tokens.
 
 Writes --output, without the text of any row.
 Exit codes: 0 done, 2 bad input, 130 interrupted.
@@ -37,7 +37,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--num_samples", type=cli.positive_int, default=64, help="rows, drawn by --seed")
     parser.add_argument("--max_new_tokens", type=cli.positive_int, default=32, help="tokens an answer at most")
     parser.add_argument("--batch_sizes", type=cli.positive_int, nargs="+", default=[8, 16, 32], help="of the batches")
-    parser.add_argument("--repeats", type=cli.positive_int, default=2, help="runs of each, in turn")
+    parser.add_argument("--repeats", type=cli.positive_int, default=1, help="runs of each, in turn")
     parser.add_argument("--threads", type=cli.positive_int, default=measure.usable_cores(), help="torch threads")
     parser.add_argument("--seed", type=cli.non_negative_int, default=0, help="choice of rows")
     return parser

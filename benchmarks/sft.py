@@ -1,7 +1,7 @@
 """LoRA fine-tuning on a CPU: train_lora.py beside TRL's own command line, `trl sft`, on the same rows.
 
     python benchmarks/sft.py
-    python benchmarks/sft.py --steps 12 --repeats 3 --output results/benchmark-sft.json
+    python benchmarks/sft.py --steps 40 --repeats 5 --attn_implementation eager
     python benchmarks/sft.py --model stoney_lora_merged --dataset rows.jsonl --max_length 512
 
 Each variant is a process of its own, in turn, --repeats times: one epoch over the same rows with the same batch
@@ -86,14 +86,14 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", default="checkpoints/smollm2-135m", help="folder of a base or merged model")
     parser.add_argument("--dataset", default="data/planted/rows.jsonl", help="file or folder of rows")
     parser.add_argument("--output", default="results/benchmark-sft.json", help="file of the results")
-    parser.add_argument("--repeats", type=cli.positive_int, default=2, help="runs of each variant, in turn")
+    parser.add_argument("--repeats", type=cli.positive_int, default=3, help="runs of each variant, in turn")
     parser.add_argument(
         "--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="VARIANT",
         help=f"any of {', '.join(map(repr, VARIANTS))}",
     )  # fmt: skip
     parser.add_argument("--threads", type=cli.positive_int, default=measure.usable_cores(), help="of torch, every run")
     same = parser.add_argument_group("the same for every variant")
-    same.add_argument("--steps", type=cli.positive_int, default=14, help="updates at most; as many rows are taken")
+    same.add_argument("--steps", type=cli.positive_int, default=12, help="updates at most; as many rows are taken")
     same.add_argument("--batch_size", type=cli.positive_int, default=8, help="rows at a time")
     same.add_argument("--gradient_accumulation_steps", type=cli.positive_int, default=1, help="batches an update")
     same.add_argument("--max_length", type=cli.positive_int, default=512, help="tokens a row; longer rows are cut")

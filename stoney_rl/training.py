@@ -275,7 +275,8 @@ def save_merged(adapter: Path, merged: Path, stage: dict, *, dtype: torch.dtype)
     checkpoints.write_json(
         adapter / checkpoints.STAGE_FILE, stage | {"kind": "adapter", "fingerprint": adapter_fingerprint}
     )
-    model.to(dtype)
+    for weight in model.parameters():  # not model.to(): that would round the rotary frequencies, which loading does not
+        weight.data = weight.data.to(dtype)
     with checkpoints.staged(merged, overwrite=True) as work:
         model.save_pretrained(work)
         tokenizer.save_pretrained(work)

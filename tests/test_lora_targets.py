@@ -102,6 +102,9 @@ def merged_equals_adapter(tmp_path, model, **options):
     told = training.save_merged(adapter, merged, {"stage": "sft"}, dtype=torch.float32)
     assert 0 <= told <= 1e-5
 
+    # In bf16 too, the files hold what was merged: save_merged compares the logits bit by bit.
+    training.save_merged(adapter, tmp_path / "merged in bf16", {"stage": "sft"}, dtype=torch.bfloat16)
+
     shutil.move(adapter, tmp_path / "gone")  # merged stands alone
     shutil.move(base, tmp_path / "gone too")
     loaded = models.load_model(models.find_model(str(merged)), torch.float32)
