@@ -223,7 +223,7 @@ def find_baseline(baseline: str, source: ModelSource) -> tuple[str, "ModelSource
         base = source.base or (stage or {}).get("base_model")
         if not base or (stage and stage["stage"] == "base"):
             raise StoneyError(f"--baseline base: {source.name} does not say what it was trained from; name the model")
-        return short_name(base), find_model(base)
+        return short_name(base), find_model(checkpoints.locate(base, Path(source.name)))
     path = Path(baseline)
     if path.is_dir() and (path / RESULTS_FILE).exists():
         if not (path / PREDICTIONS_FILE).exists():

@@ -140,8 +140,16 @@ def check_args(args: argparse.Namespace) -> None:
     for flag, path in (("--output_dir", args.output_dir), ("--merged_dir", args.merged_dir)):
         if Path(path).exists() and not Path(path).is_dir():
             problems.add(f"{flag}: {path} is a file; choose a directory")
+    for flag, path in (("--output_dir", args.output_dir), ("--merged_dir", args.merged_dir)):
+        for name in held_by(path, args):
+            problems.add(f"{flag}: {path} holds {name}, which it would replace; choose another directory")
     if args.global_batch_size and args.gradient_accumulation_steps:
         problems.add("--global_batch_size and --gradient_accumulation_steps: one sets the other; give only one")
+    elif not args.multi_gpu:
+        try:
+            accumulation_steps(args, int(os.environ.get("WORLD_SIZE", "1")))
+        except StoneyError as error:
+            problems.add(str(error))
     if args.num_gpus and not args.multi_gpu:
         problems.add("--num_gpus: only with --multi_gpu")
     if args.early_stopping_patience and args.eval_steps == 0:
@@ -156,6 +164,15 @@ def check_args(args: argparse.Namespace) -> None:
         except StoneyError as error:
             problems.add(str(error))
     problems.raise_if_any()
+
+
+def held_by(directory: str, args: argparse.Namespace) -> list[str]:
+    """What ``directory`` holds that must outlive the output that replaces it whole: an input, the other output."""
+    place = Path(directory).resolve()
+    inputs = {"--model": args.model, "--dataset": args.dataset, "the current folder": "."}
+    held = [name for name, path in inputs.items() if Path(path).exists() and Path(path).resolve().is_relative_to(place)]
+    outputs = {"--output_dir": args.output_dir, "--merged_dir": args.merged_dir}
+    return held + [name for name, path in outputs.items() if place in Path(path).resolve().parents]
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -258,6 +275,7 @@ def main(argv: list[str] | None = None) -> None:
             save_strategy="steps",
             save_steps=save_steps,
             save_total_limit=args.save_total_limit,
+            restore_callback_states_from_checkpoint=True,  # the patience that is left
             load_best_model_at_end=bool(args.early_stopping_patience),
             metric_for_best_model="eval_loss" if args.early_stopping_patience else None,
             greater_is_better=False if args.early_stopping_patience else None,
@@ -308,7 +326,8 @@ def main(argv: list[str] | None = None) -> None:
     started = time.monotonic()
     trainer.train(resume_from_checkpoint=str(last_checkpoint) if last_checkpoint else None)
     seconds = time.monotonic() - started
-    final_loss = next((log["eval_loss"] for log in reversed(trainer.state.log_history) if "eval_loss" in log), None)
+    losses = [log["eval_loss"] for log in trainer.state.log_history if "eval_loss" in log]
+    final_loss = (min(losses) if args.early_stopping_patience else losses[-1]) if losses else None
 
     # 4. Save the adapter and the merged model, and prove that both are what was trained.
     if trainer.is_world_process_zero():
@@ -336,9 +355,9 @@ def main(argv: list[str] | None = None) -> None:
         print(f"{merged}: merged in fp32; its logits equal the adapter's within {difference:.1g}")
         print(
             f"{output}: adapter, {stage['training']['steps']} updates"
-            + (f", held-out loss {final_loss:.3f}" if final_loss else "")
+            + (f", held-out loss {final_loss:.3f}" if final_loss is not None else "")
         )
-        tracker.artifact(output.name, "adapter", str(output), exclude=("checkpoint-*",))
+        tracker.artifact(output.name, "adapter", str(output), exclude=("checkpoint-*", "quarantine.jsonl"))
         tracker.artifact(merged.name, "model", str(merged))
         tracker.finish()
 

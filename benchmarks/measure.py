@@ -3,6 +3,7 @@
 Imports nothing heavy: on Linux a child's peak memory counts from the memory of the process that started it.
 """
 
+import contextlib
 import os
 import platform
 import re
@@ -11,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -111,6 +112,22 @@ def in_process(function: Callable, *args: object) -> object:
             return pool.submit(function, *args).result()
         except BrokenProcessPool as error:
             raise StoneyError(f"{function.__name__}: its process was killed; is the memory full?") from error
+
+
+@contextlib.contextmanager
+def ending_tidily() -> Iterator[None]:
+    """Make SIGTERM and SIGHUP end the program as Ctrl-C does: children are killed and temporary folders removed."""
+
+    def end(number: int, _: object) -> None:
+        sys.exit(128 + number)
+
+    numbers = (signal.SIGTERM, signal.SIGHUP)
+    before = [signal.signal(number, end) for number in numbers]
+    try:
+        yield
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
 
 
 def peak_bytes() -> int:

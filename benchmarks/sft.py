@@ -125,7 +125,7 @@ def main(argv: list[str] | None = None) -> None:
     if notice:
         print(notice)
 
-    with tempfile.TemporaryDirectory(prefix="stoney-benchmark-") as folder:
+    with measure.ending_tidily(), tempfile.TemporaryDirectory(prefix="stoney-benchmark-") as folder:
         work = Path(folder)
         print("choosing rows and counting tokens ...")
         load: Workload = measure.in_process(prepare, vars(args), work)

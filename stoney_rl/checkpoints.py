@@ -125,6 +125,16 @@ def tracked(name: str) -> dict:
     return run | {"artifact": f"{Path(name).name}:{run['run_id']}"} if run.get("run_id") else run
 
 
+def locate(name: str, beside: Path) -> str:
+    """A model or data name recorded in the directory ``beside``, as it can be opened from here.
+
+    Names are recorded as the user gave them, relative to where the stage was started; from another working directory
+    they are looked for below the folders above ``beside``. Names that are found nowhere (hub ids) come back unchanged.
+    """
+    places = [Path(), *Path(beside).resolve().parents]
+    return next((str(place / name) for place in places if (place / name).exists()), name)
+
+
 def lineage(directory: Path) -> list[str]:
     """One line for each ancestor that still exists, youngest first: stage, path, data, fingerprint."""
     lines: list[str] = []
@@ -143,7 +153,7 @@ def lineage(directory: Path) -> list[str]:
             parts.append(f"logits {stage['fingerprint']['sha256'][:8]}")
         lines.append(", ".join(parts))
         parent = (stage.get("parent") or {}).get("path")
-        current = Path(parent) if parent else None
+        current = Path(locate(parent, current)) if parent else None
     return lines
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from stoney_rl.checkpoints import read_stage
+from stoney_rl.checkpoints import locate, read_stage
 from stoney_rl.data import Row, RowSet, load_rows
 from stoney_rl.errors import StoneyError
 from stoney_rl.lexemes import annotate
@@ -127,9 +127,10 @@ def held_out(
     """
     stage = (read_stage(Path(checkpoint)) if Path(checkpoint).is_dir() else None) or {}
     trained_on = stage.get("data") or {}
-    source = dataset or trained_on.get("source") or default_dataset
+    recorded = locate(trained_on["source"], Path(checkpoint)) if trained_on else None
+    source = dataset or recorded or default_dataset
     given = {key: value for key, value in asked.items() if value is not None}
-    if source == trained_on.get("source"):
+    if trained_on and source in (recorded, trained_on["source"]):
         for key, value in given.items():
             if value != trained_on["split"][key]:
                 raise StoneyError(
@@ -190,7 +191,8 @@ def training_record(checkpoint: str) -> dict | None:
         inherited = _read_record(Path(current) / SPLIT_FILE) or {}
         for key in ("training_rows", "training_lexemes"):
             record[key] = sorted({*record[key], *inherited.get(key, ())})
-        current = ((read_stage(Path(current)) or {}).get("parent") or {}).get("path")
+        parent = ((read_stage(Path(current)) or {}).get("parent") or {}).get("path")
+        current = locate(parent, Path(current)) if parent else None
     return record
 
 

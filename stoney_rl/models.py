@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from stoney_rl.checkpoints import locate
 from stoney_rl.errors import StoneyError
 
 if TYPE_CHECKING:
@@ -98,7 +99,7 @@ def _find_local(path: Path) -> ModelSource:
             raise StoneyError(
                 f"{path}/adapter_config.json: base_model_name_or_path is empty; name the base model there"
             )
-        return ModelSource("adapter", str(path), base=base)
+        return ModelSource("adapter", str(path), base=locate(base, path))
     missing = [] if "config.json" in names else ["config.json"]
     if not names.intersection(_WEIGHTS) and not any(re.fullmatch(r"model-\d+-of-\d+\.safetensors", n) for n in names):
         missing.append("model.safetensors")

@@ -151,7 +151,7 @@ def _scrub(text: str, known: Sequence[str]) -> str:
 def load_env(directory: str | Path | None = None) -> list[str]:
     """Put what ``.env`` in the working directory sets into the environment; what is set there already wins.
 
-    Empty values count as not set. Returns the names that were taken from the file. Raises StoneyError when the file
+    Empty values count as not set. Returns the names whose value is the file's, also on a second call. Raises StoneyError when the file
     cannot be read.
     """
     path = Path(directory or ".") / ".env"
@@ -163,7 +163,7 @@ def load_env(directory: str | Path | None = None) -> list[str]:
         values = dotenv_values(path, encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise StoneyError(f"{path}: cannot be read ({error}); expected NAME=value lines as in .env.example") from None
-    taken = [name for name, value in values.items() if value and not os.environ.get(name)]
+    taken = [name for name, value in values.items() if value and os.environ.get(name) in (None, "", value)]
     os.environ.update({name: values[name] for name in taken})
     return taken
 

@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import Sampler
 from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, Trainer
 from transformers.trainer_pt_utils import get_length_grouped_indices
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 from trl import SFTTrainer
 from trl.trainer.utils import FusedCausalLMOutput
 
@@ -70,11 +70,22 @@ class WholeCheckpoints:
             shutil.rmtree(root / name, ignore_errors=True)
             os.rename(root / self._SAVING / name, root / name)
             shutil.rmtree(root / self._SAVING)
-            # A deletion that is cut short must not leave half a directory either: rename first, by the same name rule.
-            for stale in root.glob(".old-*"):
-                shutil.rmtree(stale, ignore_errors=True)
             self._rotate(root)
         self.accelerator.wait_for_everyone()
+
+    def train(self, *args: object, **kwargs: object) -> TrainOutput:
+        if self.is_world_process_zero():  # what a kill left: half a save, half a deletion
+            for stale in (*Path(self.args.output_dir).glob(".old-*"), Path(self.args.output_dir, self._SAVING)):
+                shutil.rmtree(stale, ignore_errors=True)
+        return super().train(*args, **kwargs)
+
+    def _run_epoch(self, *args: object, **kwargs: object) -> None:
+        # transformers trains one step too many when it resumes from a checkpoint at which training had ended.
+        saved = self.state.stateful_callbacks.get("TrainerControl", {}).get("args", {})
+        if saved.get("should_training_stop"):
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)
 
     def _rotate(self, root: Path) -> None:
         limit = self.args.save_total_limit
@@ -85,7 +96,7 @@ class WholeCheckpoints:
         if self.state.best_global_step:
             keep.add(self.state.best_global_step)
         for step in steps:
-            if step not in keep:
+            if step not in keep:  # a deletion that is cut short leaves no half checkpoint: rename first
                 doomed = root / f".old-{step}"
                 os.rename(root / f"{PREFIX_CHECKPOINT_DIR}-{step}", doomed)
                 shutil.rmtree(doomed, ignore_errors=True)

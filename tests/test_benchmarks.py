@@ -1,8 +1,11 @@
 """The benchmarks: how times, memory and arithmetic are taken, and a run of both on tiny models."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -69,6 +72,33 @@ def test_a_command_that_fails_shows_the_end_of_its_output():
 def test_a_bar_of_another_length_is_not_taken_for_training():
     with pytest.raises(StoneyError, match="update 0 of 4"):
         measure.run_training([sys.executable, "-c", TRAINER], updates=4, env={}, progress=print)
+
+
+def test_a_terminated_benchmark_leaves_neither_rows_nor_processes(tmp_path):
+    trainer = f"import os, time; open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid())); time.sleep(60)"
+    code = (
+        "import sys, tempfile\nfrom benchmarks import measure\n"
+        f"with measure.ending_tidily(), tempfile.TemporaryDirectory(dir={str(tmp_path)!r}):\n"
+        f"    measure.run_training([sys.executable, '-c', {trainer!r}], updates=1, env={{}}, progress=print)\n"
+    )
+    benchmark = subprocess.Popen([sys.executable, "-c", code], cwd=REPOSITORY)
+    try:
+        wait_until(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text())
+        assert len(list(tmp_path.iterdir())) == 2  # the note of the process, the folder of the rows
+        benchmark.terminate()
+        assert benchmark.wait(timeout=30) == 128 + signal.SIGTERM
+    finally:
+        benchmark.kill()
+    assert [path.name for path in tmp_path.iterdir()] == ["pid"]
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "pid").read_text()), 0)
+
+
+def wait_until(condition, seconds=30):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "did not happen"
+        time.sleep(0.05)
 
 
 def test_useful_arithmetic_by_hand():

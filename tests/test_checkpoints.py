@@ -66,7 +66,10 @@ def test_an_existing_directory_is_replaced_only_when_told(tmp_path):
 
 def test_a_place_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(StoneyError, match="file/model: cannot write there"), checkpoints.staged(tmp_path / "file/model"):
+    with (
+        pytest.raises(StoneyError, match="file/model: cannot write there"),
+        checkpoints.staged(tmp_path / "file/model"),
+    ):
         pytest.fail("entered")
 
 

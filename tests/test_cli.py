@@ -175,9 +175,7 @@ def test_run_hides_no_other_error():
 
 def test_run_is_silent_when_the_reader_goes(tmp_path):
     script = tmp_path / "script.py"
-    script.write_text(
-        "from stoney_rl import cli\ncli.run(lambda: [print('x' * 999) for _ in range(9999)] and None)\n"
-    )
+    script.write_text("from stoney_rl import cli\ncli.run(lambda: [print('x' * 999) for _ in range(9999)] and None)\n")
     env = os.environ | {"PYTHONPATH": str(REPOSITORY)}
     done = subprocess.run(
         ["bash", "-o", "pipefail", "-c", f"{sys.executable} {script} | head -1"], env=env, capture_output=True

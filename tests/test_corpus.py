@@ -248,6 +248,16 @@ def test_what_a_parent_was_trained_on_counts_too(source, tmp_path):
         held_out(third)
 
 
+def test_a_parent_is_found_from_another_working_directory(source, tmp_path, monkeypatch):
+    first, second = corpus.prepare(source), corpus.prepare(source, split_seed=8)
+    train(tmp_path / "sft", first)
+    child = train(tmp_path / "grpo", second, parent={"path": "sft"})  # as recorded when started in tmp_path
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    record = corpus.training_record(child)
+    assert set(first.training_record()["training_rows"]) <= set(record["training_rows"])
+
+
 def test_no_row_left_is_said(source, tmp_path):
     checkpoint = train(tmp_path / "tuned", corpus.prepare(source, validation_fraction=0))
     with pytest.raises(StoneyError, match="no row is left in the validation split"):

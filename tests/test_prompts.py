@@ -80,9 +80,7 @@ FAMILIES = {
     "chatml": Family(tiny.CHATML, ASKED, ANSWER + "<|im_end|>"),
     "chatml, no padding token": Family(tiny.CHATML, ASKED, ANSWER + "<|im_end|>", pad=None),
     "qwen2": Family(QWEN2, "<|im_start|>system\nHelp.<|im_end|>\n" + ASKED, ANSWER + "<|im_end|>"),
-    "qwen3": Family(
-        QWEN3, ASKED + "<think>\n\n</think>\n\n", ANSWER + "<|im_end|>", tokens=["<think>", "</think>"]
-    ),
+    "qwen3": Family(QWEN3, ASKED + "<think>\n\n</think>\n\n", ANSWER + "<|im_end|>", tokens=["<think>", "</think>"]),
     "r1": Family(
         R1,
         f"{BOS}<|User|>{QUESTION}<|Assistant|>",

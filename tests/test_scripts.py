@@ -340,7 +340,7 @@ BAD_INPUT = [
 
 
 @pytest.mark.parametrize(
-    ("script", "argv", "said"), BAD_INPUT, ids=lambda value: " ".join(value)[:40] if value else "-"
+    ("script", "argv", "said"), BAD_INPUT, ids=lambda value: value if isinstance(value, str) else " ".join(value)[:40]
 )
 def test_bad_input_gets_one_line_a_problem(script, argv, said, folder):
     before = sorted(folder.rglob("*"))
