@@ -47,9 +47,7 @@ def build_parser() -> argparse.ArgumentParser:
     data.add_argument(
         "--num_samples", type=cli.positive_int, help="rows, drawn by --seed, seen and unseen in proportion"
     )
-    data.add_argument("--test_fraction", type=cli.fraction, help="default: the checkpoint's own, else 0.1")
-    data.add_argument("--validation_fraction", type=cli.fraction, help="default: the checkpoint's own, else 0.05")
-    data.add_argument("--split_seed", type=cli.non_negative_int, help="default: the checkpoint's own, else 0")
+    cli.add_split_flags(data, "the checkpoint's own")
 
     generation = parser.add_argument_group("generation (greedy)")
     generation.add_argument(

@@ -50,11 +50,7 @@ def build_parser() -> argparse.ArgumentParser:
     paths.add_argument("--overwrite", action="store_true", help="replace existing output and unfinished runs")
 
     data = parser.add_argument_group("data")
-    data.add_argument(
-        "--test_fraction", type=cli.fraction, default=0.1, help="share of rows held out as unseen lexemes"
-    )
-    data.add_argument("--validation_fraction", type=cli.fraction, default=0.05, help="the same, for the held-out loss")
-    data.add_argument("--split_seed", type=cli.non_negative_int, default=0, help="seed of the lexeme-disjoint split")
+    cli.add_split_flags(data, "the prepared dataset's own")
     data.add_argument("--max_length", type=cli.positive_int, default=512, help="tokens a row; longer rows are cut")
     data.add_argument("--max_eval_rows", type=cli.positive_int, default=200, help="rows for the held-out loss")
 
@@ -203,6 +199,7 @@ def main(argv: list[str] | None = None) -> None:
         test_fraction=args.test_fraction,
         validation_fraction=args.validation_fraction,
     )
+    vars(args).update(rows.split_arguments)
     say(data.describe(rows.rowset))
     output, merged = Path(args.output_dir), Path(args.merged_dir)
     identity = runs.identify(vars(args), NOT_IDENTITY, model=source.name, data_sha256=rows.rowset.sha256)
@@ -293,13 +290,15 @@ def main(argv: list[str] | None = None) -> None:
     )
     parent_fingerprint = checkpoints.check_fingerprint(Path(source.name), model)
     before = runs.tracked_run(partial)
+    dataset_run = checkpoints.tracked(args.dataset)  # of a prepared directory
     tracker = tracking.start_stage(
         "train_lora",
         args,
         name=output.name,
-        group=before.get("group") or checkpoints.tracked(source.name).get("group"),
+        group=before.get("group") or checkpoints.tracked(source.name).get("group") or dataset_run.get("group"),
         resume_id=before.get("run_id"),
     )
+    tracker.use_artifact(dataset_run.get("artifact"))
     if runs.is_main():
         checkpoints.write_json(partial / runs.TRACKING_FILE, {"run_id": tracker.run_id, "group": tracker.group})
 

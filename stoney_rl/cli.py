@@ -53,6 +53,19 @@ def add_tracking_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--wandb_name", help="run name; default: the output directory's name")
 
 
+def add_split_flags(group: argparse._ArgumentGroup, default: str) -> None:
+    """Flags of the lexeme-disjoint split, the same in every stage; ``default`` is whose values count first."""
+    group.add_argument(
+        "--test_fraction", type=fraction, help=f"rows held out as unseen lexemes; default: {default}, else 0.1"
+    )
+    group.add_argument(
+        "--validation_fraction", type=fraction, help=f"the same, for the held-out loss; default: {default}, else 0.05"
+    )
+    group.add_argument(
+        "--split_seed", type=non_negative_int, help=f"seed of the split by lexeme; default: {default}, else 0"
+    )
+
+
 def positive_int(text: str) -> int:
     """argparse type: an integer of at least 1."""
     value = int(text)

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from stoney_rl import prepared
 from stoney_rl.checkpoints import locate, read_stage
 from stoney_rl.data import Row, RowSet, load_rows
 from stoney_rl.errors import StoneyError
@@ -15,6 +16,7 @@ from stoney_rl.split import Split, mention_key, row_forms, split_rows
 from stoney_rl.text import fold
 
 SPLIT_FILE = "split.json"
+SPLIT_DEFAULTS = {"split_seed": 0, "test_fraction": 0.1, "validation_fraction": 0.05}
 
 
 @dataclass(frozen=True)
@@ -24,9 +26,18 @@ class Corpus:
     rowset: RowSet
     split: Split
 
+    @property
+    def split_arguments(self) -> dict:
+        """Seed and fractions of the split, by the names of the flags that set them."""
+        certificate = self.split.certificate
+        return {
+            "split_seed": certificate["seed"],
+            "test_fraction": certificate["test_fraction"],
+            "validation_fraction": certificate["validation_fraction"],
+        }
+
     def describe(self) -> dict:
         """The ``data`` entry of ``stage.json``: no row's text, everything needed to make the same split again."""
-        certificate = self.split.certificate
         return {
             "source": self.rowset.source,
             "revision": self.rowset.revision,
@@ -34,11 +45,7 @@ class Corpus:
             "files": self.rowset.files,
             "rows": len(self.rowset.rows),
             "quarantined": len(self.rowset.quarantine),
-            "split": {
-                "split_seed": certificate["seed"],
-                "test_fraction": certificate["test_fraction"],
-                "validation_fraction": certificate["validation_fraction"],
-            },
+            "split": self.split_arguments,
         }
 
     def training_record(self) -> dict:
@@ -74,20 +81,43 @@ def prepare(
     source: str | Path,
     *,
     revision: str | None = None,
-    split_seed: int = 0,
-    test_fraction: float = 0.1,
-    validation_fraction: float = 0.05,
+    split_seed: int | None = None,
+    test_fraction: float | None = None,
+    validation_fraction: float | None = None,
 ) -> Corpus:
-    """Read, annotate and split ``source``. Raises ``StoneyError`` for bad input or data too small to split."""
+    """Read, annotate and split ``source``, or take a prepared directory as it is.
+
+    Seed and fractions that are None are the prepared directory's own, else ``SPLIT_DEFAULTS``. Raises ``StoneyError``
+    for bad input, data too small to split, and seed or fractions that contradict a prepared directory.
+    """
+    asked = {"split_seed": split_seed, "test_fraction": test_fraction, "validation_fraction": validation_fraction}
+    given = {key: value for key, value in asked.items() if value is not None}
+    if prepared.is_prepared(source):
+        if revision is not None:
+            raise StoneyError(f"revision {revision!r} was given, but {source} is local; leave the revision out")
+        corpus = Corpus(*prepared.read(source))
+        for key, value in given.items():
+            if value != corpus.split_arguments[key]:
+                raise StoneyError(
+                    f"--{key} {value}: {source} was prepared with {corpus.split_arguments[key]}; leave the flag out, "
+                    "or prepare the data again"
+                )
+        return corpus
     rowset = load_rows(source, revision=revision)
-    split = split_rows(
-        annotate(rowset.rows),
+    return Corpus(rowset, split_as(annotate(rowset.rows), rowset.sha256, **(SPLIT_DEFAULTS | given)))
+
+
+def split_as(
+    rows: list[Row], data_sha256: str, *, split_seed: int, test_fraction: float, validation_fraction: float
+) -> Split:
+    """The split of annotated ``rows`` for a stage's arguments. Raises ``StoneyError`` as ``split_rows`` does."""
+    return split_rows(
+        rows,
         seed=split_seed,
         test_fraction=test_fraction,
         validation_fraction=validation_fraction,
-        data_sha256=rowset.sha256,
+        data_sha256=data_sha256,
     )
-    return Corpus(rowset, split)
 
 
 def trained_rows(rows: Iterable[Row], record: dict) -> list[Row]:

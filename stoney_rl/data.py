@@ -42,7 +42,7 @@ from stoney_rl.reading import (
     printable,
     read_records,
 )
-from stoney_rl.text import normalize
+from stoney_rl.text import irregularities, normalize
 
 KNOWN_HUB_IDS = (
     "HarleyCooper/synthetic_stoney_data",
@@ -99,7 +99,7 @@ class Row:
     def from_dict(cls, value: dict) -> "Row":
         """The inverse of ``to_dict``. Raises StoneyError if ``value`` is not such a dictionary."""
         try:
-            return _own_row(value)
+            return _own_row(value, set())
         except _BadRowError as error:
             raise StoneyError(f"not a row: {error}; expected the keys {', '.join(sorted(OWN_KEYS))}") from None
 
@@ -124,7 +124,8 @@ class RowSet:
     sha256: ``dataset_sha256(rows)``. files: one dictionary a file, in reading order: ``path`` (relative to the source),
     ``sha256`` (of the file's bytes; of the archive for a member of a .zip), ``split`` (or None), ``rows``,
     ``quarantined``. source: what was asked for. revision: the commit read, for a hub id. notes: what the user should
-    know.
+    know. irregular: row id -> what normalising repaired in the row's texts (``text.irregularities``), sorted; rows that
+    needed no repair are absent.
     """
 
     rows: list[Row]
@@ -134,6 +135,7 @@ class RowSet:
     source: str
     revision: str | None = None
     notes: list[str] = field(default_factory=list)
+    irregular: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 class _BadRowError(Exception):
@@ -178,8 +180,11 @@ def _check_characters(text: str, what: str) -> None:
     raise _BadRowError(f"lone surrogate: U+{ord(found[0]):04X} in {what}")
 
 
-def _content(value: object, what: str) -> str:
-    """The normalised text of one cell or turn; ``value`` may also be a list of ``{"type": "text", "text": ...}``."""
+def _content(value: object, what: str, repairs: set[str]) -> str:
+    """The normalised text of one cell or turn; ``value`` may also be a list of ``{"type": "text", "text": ...}``.
+
+    What was repaired is added to ``repairs``.
+    """
     if isinstance(value, list):
         for part in value:
             if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
@@ -191,10 +196,12 @@ def _content(value: object, what: str) -> str:
     text = normalize(value)
     if not text:
         raise _BadRowError(f"{what} is empty: expected text")
+    if text != value.strip():
+        repairs |= irregularities(value)
     return text
 
 
-def _conversation(turns: object, metadata: dict) -> tuple[list[dict], list[dict]]:
+def _conversation(turns: object, metadata: dict, repairs: set[str]) -> tuple[list[dict], list[dict]]:
     """(prompt, completion) of a list of turns; the system message goes into ``metadata``."""
     if not isinstance(turns, list):
         raise _BadRowError(f"messages is {_kind(turns)}: expected a list of turns")
@@ -207,11 +214,12 @@ def _conversation(turns: object, metadata: dict) -> tuple[list[dict], list[dict]
             if messages:
                 raise _BadRowError("system turn after the first turn: only the first turn may be one")
             if turn.get("content") not in ("", None, []):
-                system.append(_content(turn["content"], "the system turn"))
+                system.append(_content(turn["content"], "the system turn", repairs))
         elif role == "user":
-            messages.append({"role": "user", "content": _content(turn.get("content"), "a user turn")})
+            messages.append({"role": "user", "content": _content(turn.get("content"), "a user turn", repairs)})
         elif role == "assistant":
-            messages.append({"role": "assistant", "content": _content(turn.get("content"), "an assistant turn")})
+            content = _content(turn.get("content"), "an assistant turn", repairs)
+            messages.append({"role": "assistant", "content": content})
         else:
             shown = printable(repr(role))[:40]
             raise _BadRowError(f"unknown role: {shown}; expected system, user or assistant")
@@ -223,12 +231,12 @@ def _conversation(turns: object, metadata: dict) -> tuple[list[dict], list[dict]
         raise _BadRowError("no user turn before the reply: expected one")
     if system:
         if _filled(metadata.get("system")):
-            system.insert(0, _content(metadata["system"], "system"))
+            system.insert(0, _content(metadata["system"], "system", repairs))
         metadata["system"] = "\n".join(system)
     return messages[:-1], messages[-1:]
 
 
-def _lexemes(value: object) -> list[str]:
+def _lexemes(value: object, repairs: set[str]) -> list[str]:
     if value is None:
         return []
     if isinstance(value, str):  # a CSV cell
@@ -237,6 +245,7 @@ def _lexemes(value: object) -> list[str]:
         raise _BadRowError("lexemes is not a list of texts: expected one")
     for form in value:
         _check_characters(form, "lexemes")
+        repairs |= irregularities(form)
     return [form for form in map(normalize, value) if form]
 
 
@@ -246,6 +255,14 @@ def _cell_list(text: str) -> object:
         return json.loads(text)
     except (ValueError, RecursionError):
         raise _BadRowError("a cell that should hold a JSON list does not: expected one") from None
+
+
+def _cell_object(text: str) -> object:
+    """What a cell that may hold a JSON object holds; the text itself where it is no JSON."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return text
 
 
 def _check_depth(metadata: dict) -> None:
@@ -262,7 +279,7 @@ def _check_depth(metadata: dict) -> None:
     raise _BadRowError(TOO_DEEP)
 
 
-def _own_row(value: dict) -> Row:
+def _own_row(value: dict, repairs: set[str]) -> Row:
     """The Row of a dictionary with exactly OWN_KEYS; id and source are kept."""
     if not isinstance(value, dict) or set(value) != OWN_KEYS:
         raise _BadRowError("missing columns: not the keys of a row")
@@ -274,17 +291,16 @@ def _own_row(value: dict) -> Row:
         raise _BadRowError(f"metadata is {_kind(value['metadata'])}: expected an object")
     metadata = dict(value["metadata"])
     _check_depth(metadata)
-    prompt, completion = _conversation(
-        _turns(value["prompt"], "user") + _turns(value["completion"], "assistant"), metadata
-    )
-    return Row(value["id"], value["source"], prompt, completion, _lexemes(value["lexemes"]), metadata)
+    turns = _turns(value["prompt"], "user", repairs) + _turns(value["completion"], "assistant", repairs)
+    prompt, completion = _conversation(turns, metadata, repairs)
+    return Row(value["id"], value["source"], prompt, completion, _lexemes(value["lexemes"], repairs), metadata)
 
 
-def _turns(value: object, role: str) -> list:
+def _turns(value: object, role: str, repairs: set[str]) -> list:
     """A prompt or completion cell as turns: a list is taken as it is, a text becomes one turn."""
     if isinstance(value, list):
         return value
-    return [{"role": role, "content": _content(value, "prompt" if role == "user" else "completion")}]
+    return [{"role": role, "content": _content(value, "prompt" if role == "user" else "completion", repairs)}]
 
 
 def _filled(value: object) -> bool:
@@ -307,19 +323,22 @@ def _schema(value: dict) -> tuple[str, ...]:
     raise _BadRowError(f"no known columns: found {found}; expected {WANTED}")
 
 
-def _to_row(value: object, source: str, stem: str) -> Row:
-    """The Row of one source row. ``source`` is ``<file name>:<line>``. Raises _BadRowError."""
+def _to_row(value: object, source: str, stem: str, repairs: set[str]) -> Row:
+    """The Row of one source row. ``source`` is ``<file name>:<line>``; see _content for ``repairs``. Raises _BadRowError."""
     if not isinstance(value, dict):
         raise _BadRowError(f"not an object: {_kind(value)}, where a row was expected")
-    if len(value) == len(OWN_KEYS) and set(value) == OWN_KEYS and isinstance(value["metadata"], dict):
-        return _own_row(value)
+    if "metadata" in value and OWN_KEYS <= value.keys() <= OWN_KEYS | {"seen"}:
+        own = {key: value[key] for key in OWN_KEYS}
+        if isinstance(own["metadata"], str):  # of a prepared directory's parquet file
+            own["metadata"] = _cell_object(own["metadata"])
+        if isinstance(own["metadata"], dict):
+            return _own_row(own, repairs)
     keys = _schema(value)
-    metadata = {}
     nested = value.get("metadata")
-    if isinstance(nested, dict) and not nested.keys() & value.keys():
-        metadata.update(nested)
+    unfold = isinstance(nested, dict) and not nested.keys() & value.keys()
+    metadata = dict(nested) if unfold else {}
     for key, extra in value.items():
-        used = key in keys or key == "lexemes" or (key == "metadata" and extra is nested and metadata)
+        used = key in keys or key == "lexemes" or (key == "metadata" and unfold)
         if not used and extra is not None and (key not in SCHEMA_KEYS or _filled(extra)):
             metadata[key] = extra
     _check_depth(metadata)
@@ -328,20 +347,19 @@ def _to_row(value: object, source: str, stem: str) -> Row:
         turns = value["messages"]
         if isinstance(turns, str):  # a CSV cell
             turns = _cell_list(turns)
-        prompt, completion = _conversation(turns, metadata)
+        prompt, completion = _conversation(turns, metadata, repairs)
     elif keys[0] == "prompt":
         # 'prompt' and 'completion' may each be a text or a list of turns, as in TRL.
-        turns = _turns(value["prompt"], "user") + _turns(value[keys[1]], "assistant")
-        prompt, completion = _conversation(turns, metadata)
+        turns = _turns(value["prompt"], "user", repairs) + _turns(value[keys[1]], "assistant", repairs)
+        prompt, completion = _conversation(turns, metadata, repairs)
     else:
-        question = _content(value[keys[0]], keys[0])
+        question = _content(value[keys[0]], keys[0], repairs)
         if keys[0] == "instruction" and _filled(value.get("input")):
-            question += "\n\n" + _content(metadata.pop("input"), "input")
+            question += "\n\n" + _content(metadata.pop("input"), "input", repairs)
         prompt = [{"role": "user", "content": question}]
-        completion = [{"role": "assistant", "content": _content(value[keys[1]], keys[1])}]
-    return Row(
-        _source_id(metadata, stem) or source, source, prompt, completion, _lexemes(value.get("lexemes")), metadata
-    )
+        completion = [{"role": "assistant", "content": _content(value[keys[1]], keys[1], repairs)}]
+    lexemes = _lexemes(value.get("lexemes"), repairs)
+    return Row(_source_id(metadata, stem) or source, source, prompt, completion, lexemes, metadata)
 
 
 def _source_id(metadata: dict, stem: str) -> str | None:
@@ -363,6 +381,7 @@ class _Loader:
         self.rows: list[Row] = []
         self.quarantine: list[Quarantined] = []
         self.files: list[dict] = []
+        self.irregular: dict[str, tuple[str, ...]] = {}
         self.splits: set[str] = set()  # all that were met, read or not
         self._digest = hashlib.sha256()
         self._ids: dict[str, int] = {}  # id -> how many rows asked for it
@@ -378,7 +397,7 @@ class _Loader:
                 if here:
                     self.splits.add(here)
                 if split is None or here == split:
-                    self._take(record, file.name, stem)
+                    self._take(record, file, stem)
             digest = self._file_hash(file.path)
         except file_errors() as error:
             raise StoneyError(f"{file.name} can't be read: {plain(error)}; {_remedy(error)}") from None
@@ -394,18 +413,23 @@ class _Loader:
                 }
             )
 
-    def _take(self, record: Record, name: str, stem: str) -> None:
+    def _take(self, record: Record, file: DataFile, stem: str) -> None:
+        repairs: set[str] = set()
         try:
             if record.problem:
                 raise _BadRowError(record.problem)
-            row = self._unique(_to_row(record.value, f"{name}:{record.line}", stem))
+            row = self._unique(_to_row(record.value, f"{file.name}:{record.line}", stem, repairs))
             canonical = _canonical(row)
         except _BadRowError as problem:
-            self.quarantine.append(Quarantined(name, record.line, str(problem), _sample(record.text)))
+            self.quarantine.append(Quarantined(file.name, record.line, str(problem), _sample(record.text)))
             return
         self._ids.setdefault(row.id, 1)
         self._digest.update(canonical + b"\n")
         self.rows.append(row)
+        if file.kind in (".csv", ".tsv"):
+            repairs.discard("line end")  # inside a quoted cell stands what ends the file's lines
+        if repairs:
+            self.irregular[row.id] = tuple(sorted(repairs))
 
     def _unique(self, row: Row) -> Row:
         if row.id not in self._ids:
@@ -487,7 +511,7 @@ def load_rows(source: str | Path, *, split: str | None = None, revision: str | N
         raise StoneyError(f"{asked} has no split {wanted!r}: {have}; name one that exists, or leave the split out")
     if not loader.rows:
         raise StoneyError(_no_rows(asked, loader.quarantine))
-    rowset = RowSet(loader.rows, loader.quarantine, loader.sha256(), loader.files, asked)
+    rowset = RowSet(loader.rows, loader.quarantine, loader.sha256(), loader.files, asked, irregular=loader.irregular)
     if download:
         rowset.revision, rowset.notes = download.commit, download.notes
     return rowset

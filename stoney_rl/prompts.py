@@ -1,5 +1,6 @@
 """The one prompt format: how chat messages become token ids, for training, generation and interpretation alike."""
 
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from stoney_rl.errors import StoneyError
@@ -128,6 +129,40 @@ def encode_example(
             ids = prompt_ids + tokenizer(answer, add_special_tokens=False)["input_ids"]
         ids = [*ids, tokenizer.eos_token_id]
     return {"input_ids": ids, "labels": [-100] * len(prompt_ids) + ids[len(prompt_ids) :]}
+
+
+def count_tokens(
+    tokenizer: "PreTrainedTokenizerBase",
+    examples: Sequence[tuple[list[dict], str]],
+    ends: set[int],
+    *,
+    batch: int = 1024,
+) -> Iterator[tuple[int, int]]:
+    """(tokens of the prompt, tokens of the whole example) of each (prompt, answer), as ``encode_example`` has them.
+
+    Tokenized in batches: several times faster than one example after another.
+    """
+    for start in range(0, len(examples), batch):
+        part = examples[start : start + batch]
+        rendered = [_render(tokenizer, prompt) for prompt, _ in part]
+        before = [text for text, _ in rendered]
+        whole = [text + answer + after for (text, after), (_, answer) in zip(rendered, part, strict=True)]
+        closings = {after: len(_ids(tokenizer, [after])[0]) for after in {after for _, after in rendered}}
+        for (prompt, answer), (_, after), prompt_ids, ids in zip(
+            part, rendered, _ids(tokenizer, before), _ids(tokenizer, whole), strict=True
+        ):
+            first = max(len(prompt_ids), len(ids) - closings[after])
+            end = next((at for at in range(first, len(ids)) if ids[at] in ends), None)
+            if end is None or ids[: len(prompt_ids)] != prompt_ids:
+                end = len(encode_example(tokenizer, prompt, answer, ends)["input_ids"]) - 1
+            yield len(prompt_ids), end + 1
+
+
+def _ids(tokenizer: "PreTrainedTokenizerBase", texts: list[str]) -> list[list[int]]:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None and backend.padding is None and backend.truncation is None:
+        return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
+    return tokenizer(texts, add_special_tokens=False, return_attention_mask=False)["input_ids"]
 
 
 def show_example(tokenizer: "PreTrainedTokenizerBase", example: dict[str, list[int]]) -> str:

@@ -9,18 +9,24 @@ import io
 import json
 import os
 import re
+import weakref
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from stoney_rl.errors import StoneyError
+
+if TYPE_CHECKING:
+    import zipfile
 
 DATA_EXTENSIONS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
 ROW_LIMIT = 10 * 2**20  # characters; a longer row is set aside
-FILE_LIMIT = 2 * 2**30  # bytes after decompression, for what must be held whole: .json and compressed .parquet
+FILE_LIMIT = 256 * 2**20  # bytes after decompression, for what must be held whole: .json and compressed .parquet
+COLUMN_LIMIT = 1000  # of a .csv file; each column is an entry in the metadata of each row
 DEPTH_LIMIT = 50  # levels of nesting; Python's own JSON encoder gives up at a depth that varies
 
 # Known columns, in the order in which they are looked for.
@@ -42,6 +48,8 @@ NOT_ROWS = frozenset(
         "certificate.json",
         "lexicon.jsonl",
         "quarantine.jsonl",
+        "findings.jsonl",
+        "dropped.jsonl",
         "report.json",
         "results.json",
         "predictions.jsonl",
@@ -70,6 +78,7 @@ _UNDECODED = re.compile("[\udc80-\udcff]")  # what errors="surrogateescape" make
 _DECODER = json.JSONDecoder()
 _BLANK = re.compile(r"\s*")
 _BLANK_OR_COMMA = re.compile(r"[\s,]*")
+_FIRST_KEY = re.compile(r'\{\s*"[^"\n]{1,60}"')
 
 
 @dataclass(slots=True)
@@ -175,22 +184,48 @@ def files_in(folder: Path) -> Iterator[DataFile]:
         yield from files_at(path, printable(name))
 
 
+class _Archive:
+    """A .zip archive that stays open between its members: to open it is to read its directory, all of it.
+
+    One is open at a time. It closes when another is read, or when the last DataFile that knows it is gone.
+    """
+
+    _latest: "weakref.ref[_Archive] | None" = None
+
+    def __init__(self, path: Path):
+        self._path, self._zip = path, None
+
+    def get(self) -> "zipfile.ZipFile":
+        import zipfile
+
+        if self._zip is None:
+            latest = _Archive._latest and _Archive._latest()
+            if latest is not None:
+                latest.close()
+            self._zip, _Archive._latest = zipfile.ZipFile(self._path), weakref.ref(self)
+        return self._zip
+
+    def close(self) -> None:
+        if self._zip is not None:
+            self._zip.close()  # a member that is being read keeps the file open for as long as it needs it
+            self._zip = None
+
+
 def _zip_members(path: Path, name: str) -> Iterator[DataFile]:
     import struct
     import zipfile
 
     broken = (zipfile.BadZipFile, OSError, EOFError, ValueError, NotImplementedError, RuntimeError, struct.error)
+    archive = _Archive(path)
     try:
-        with zipfile.ZipFile(path) as archive:
-            members = sorted(archive.infolist(), key=lambda member: member.filename)
+        members = sorted(archive.get().infolist(), key=lambda member: member.filename)
     except broken as error:
         raise StoneyError(f"{name} can't be read as a zip archive: {plain(error)}; check that it is whole") from None
 
     def opener(member: zipfile.ZipInfo, compression: str) -> Callable[[], io.BufferedIOBase]:
         def opened() -> io.BufferedIOBase:
             try:
-                with zipfile.ZipFile(path) as archive:  # the member keeps the file open for as long as it needs it
-                    raw = archive.open(member)
+                raw = archive.get().open(member)
             except broken as error:
                 raise OSError(plain(error)) from None
             return _decompressed(raw, compression)
@@ -220,7 +255,7 @@ class _ZstdStream(io.RawIOBase):
 
         self._raw, self._new, self._error = raw, zstandard.ZstdDecompressor().decompressobj, zstandard.ZstdError
         self._frame, self._inside = self._new(), False
-        self._input = self._output = b""
+        self._input, self._output = b"", memoryview(b"")
 
     def readable(self) -> bool:
         return True
@@ -234,7 +269,7 @@ class _ZstdStream(io.RawIOBase):
                     raise EOFError("the compressed data ends before its end marker")
                 return 0
             try:
-                self._output = self._frame.decompress(data)
+                self._output = memoryview(self._frame.decompress(data))  # a slice of it costs nothing
             except self._error as error:
                 raise OSError(str(error)) from None
             self._input, self._inside = self._frame.unused_data, not self._frame.eof
@@ -333,15 +368,15 @@ def _not_utf8(text: str) -> str | None:
     return f"not valid UTF-8: byte 0x{ord(found[0]) - 0xDC00:02x} at character {found.start() + 1}"
 
 
-def _json_problem(error: Exception, text: str, start: int = 0) -> str:
-    """The reason for an error that decoding JSON from ``start`` of ``text`` raised."""
+def _json_problem(error: Exception) -> str:
+    """The reason for an error that decoding JSON raised."""
     if isinstance(error, RecursionError):
         return TOO_DEEP
     if not isinstance(error, json.JSONDecodeError):
         return f"not valid JSON: {plain(error)}"
-    if error.msg.startswith("Unterminated string") or not text[error.pos :].strip():
+    if error.msg.startswith("Unterminated string") or not error.doc[error.pos :].strip():
         return "truncated JSON: the text ends inside a value"
-    return f"not valid JSON: {error.msg} at character {error.pos - start + 1}"
+    return f"not valid JSON: {error.msg} at character {error.pos + 1}"
 
 
 def _json_record(line: int, text: str) -> Record:
@@ -355,7 +390,7 @@ def _json_record(line: int, text: str) -> Record:
     try:
         value, end = _DECODER.raw_decode(text)
     except (ValueError, RecursionError) as error:
-        return Record(line, None, text, _json_problem(error, text))
+        return Record(line, None, text, _json_problem(error))
     if end < len(text) and text[end:].strip() not in ("", ","):
         return Record(line, None, text, f"not valid JSON: more text after the value, at character {end + 1}")
     return Record(line, value, text)
@@ -369,18 +404,6 @@ def _read_jsonl(file: DataFile) -> Iterator[Record]:
                 yield Record(number, None, text, TOO_LONG)
             elif not text.isspace():
                 yield _json_record(number, text)
-
-
-class _LineCount:
-    """Line numbers of rising positions in a text."""
-
-    def __init__(self, text: str):
-        self._text, self._at, self._line = text, 0, 1
-
-    def __call__(self, position: int) -> int:
-        self._line += self._text.count("\n", self._at, position)
-        self._at = position
-        return self._line
 
 
 def _read_json(file: DataFile) -> Iterator[Record]:
@@ -400,9 +423,9 @@ def _read_json(file: DataFile) -> Iterator[Record]:
         in_lines = True
     elif text[start] == "[":
         in_lines = False
-        yield from _array(text, start + 1, _LineCount(text))
+        yield from _JsonText(text).array(start + 1)
     elif text[start] == "{":
-        in_lines = yield from _object(text, start)
+        in_lines = yield from _JsonText(text).object(start)
     else:
         in_lines = True
     if in_lines:
@@ -410,73 +433,137 @@ def _read_json(file: DataFile) -> Iterator[Record]:
         yield from _read_jsonl(file)
 
 
-def _object(text: str, start: int) -> Iterator[Record]:
-    """The rows of a text that starts with '{': those in its arrays, else the object itself and any that follow it.
+class _JsonText:
+    """A text that holds rows as one JSON value, and the way on after a row that can't be read."""
 
-    Returns True, and yields nothing, if there is no whole JSON object: the text may be JSON lines, the first one bad.
-    """
-    lines, position, held = _LineCount(text), start + 1, False
-    try:
+    def __init__(self, text: str):
+        self._text = text
+        self._position, self._line = 0, 1
+        self._opening: tuple[str, str] | None = None  # of the last good row: what is before it on its line, its start
+
+    def line(self, position: int) -> int:
+        """The line number of ``position``; positions rise from call to call."""
+        self._line += self._text.count("\n", self._position, position)
+        self._position = max(self._position, position)
+        return self._line
+
+    def _decode(self, position: int) -> tuple[object, int]:
+        """The value at ``position`` and where it ends.
+
+        It is decoded in a piece of the text that grows until it is large enough: a JSONDecodeError counts all lines
+        before it, so that in the whole text a file of bad rows would cost its square.
+        """
+        for size in (2**12, 2**16, 2**20, 2**24, len(self._text)):
+            piece = self._text[position : position + size]
+            # What was found close to the end of the piece may be due to the cut.
+            sure = size - 16 if position + size < len(self._text) else size + 1
+            try:
+                value, end = _DECODER.raw_decode(piece)
+            except json.JSONDecodeError as error:
+                if sure > size or (error.pos < sure and not error.msg.startswith("Unterminated string")):
+                    raise
+            else:
+                if end < sure:
+                    break
+        return value, position + end
+
+    def _opening_at(self, position: int) -> tuple[str, str]:
+        """How a row at ``position`` begins: its line's indentation, if it is the first on its line, and its first key."""
+        before = self._text[max(self._text.rfind("\n", max(0, position - 200), position) + 1, position - 200) : position]
+        first = _FIRST_KEY.match(self._text, position)
+        return (before if not before.strip() else "", first[0] if first else "")
+
+    def _next_row(self, position: int) -> int:
+        """Where a row after ``position`` seems to begin, or -1.
+
+        That is a line that starts as the line at ``position`` or as that of the last good row, or the first key that
+        one of them starts with.
+        """
+        openings = [self._opening_at(position), *([self._opening] if self._opening else [])]
+        indents = "|".join(sorted({re.escape(indent) for indent, _ in openings}))
+        keys = sorted({re.escape(key) for _, key in openings if key})
+        found = re.compile("|".join([rf"\n(?:{indents})\{{", *keys])).search(self._text, position + 1)
+        return found.start() if found else -1
+
+    def array(self, position: int, split: str | None = None, closed: bool = True, inside: bool = False) -> Iterator[Record]:
+        """The values from ``position`` to the closing bracket, or without one to the end; returns where they end.
+
+        ``inside``: of an object, so that more may follow. A bracket after which rows go on is a bad row like others.
+        """
+        text = self._text
         while True:
             position = _BLANK_OR_COMMA.match(text, position).end()
-            if text.startswith("}", position):
-                break
-            key, position = _DECODER.raw_decode(text, position)
-            position = _BLANK.match(text, position).end()
-            if not isinstance(key, str) or not text.startswith(":", position):
-                raise ValueError(f"expected a key and a colon at character {position + 1}")
-            position = _BLANK.match(text, position + 1).end()
-            if key.lower() in _CONTAINER_KEYS and text.startswith("[", position):
-                held = True
-                position = yield from _array(text, position + 1, lines, SPLIT_WORDS.get(key.lower()))
-                if position == len(text):  # it was cut off, and said so
-                    return False
+            if position >= len(text):
+                if closed:
+                    yield Record(self.line(position), None, text[-200:], "truncated JSON: the array is not closed", split)
+                return position
+            if closed and text[position] == "]":
+                after = _BLANK_OR_COMMA.match(text, position + 1).end()
+                if after == len(text) or (inside and text[after] in '"}'):
+                    return position + 1
+                reason, end = "not valid JSON: more text after the end of the array", after
+                if text[after] not in "{[":
+                    end = self._next_row(after)
+                yield Record(self.line(position), None, text[position : position + 200], reason, split)
+                if end < 0:
+                    return len(text)
+                position = end
+                continue
+            try:
+                value, end = self._decode(position)
+            except (ValueError, RecursionError) as error:
+                end, reason = self._next_row(position), _json_problem(error)
+                if end < 0 and not reason.startswith("truncated"):
+                    reason += "; the rest of the file is not read"
+                yield Record(self.line(position), None, text[position : position + 200], reason, split)
+                if end < 0:
+                    return len(text)
             else:
-                _, position = _DECODER.raw_decode(text, position)
-    except (ValueError, RecursionError) as error:
-        if not held:
-            return True
-        yield Record(lines(position), None, text[position : position + 200], _json_problem(error, text, start))
-        return False
-    if not held:
-        yield from _array(text, start, lines, closed=False)
-    elif text[position + 1 :].strip():
-        reason = "not valid JSON: more text after the object that holds the rows"
-        yield Record(lines(position + 1), None, text[position + 1 : position + 201], reason)
-    return False
+                written = text[position:end]
+                problem = TOO_LONG if len(written) > ROW_LIMIT else _not_utf8(written)
+                if problem is None and isinstance(value, dict) and value:
+                    self._opening = self._opening_at(position)
+                yield Record(self.line(position), None if problem else value, written, problem, split)
+            position = end
 
+    def object(self, start: int) -> Iterator[Record]:
+        """The rows of a text that starts with '{': those in its arrays, else the object itself and any that follow it.
 
-def _array(
-    text: str, position: int, lines: _LineCount, split: str | None = None, closed: bool = True
-) -> Iterator[Record]:
-    """The values from ``position`` to the closing bracket, or without one to the end; returns where they end.
-
-    After a value that can't be read it goes on at the next line that starts as the value's own line did.
-    """
-    while True:
-        position = _BLANK_OR_COMMA.match(text, position).end()
-        if position >= len(text):
-            if closed:
-                yield Record(lines(position), None, text[-200:], "truncated JSON: the array is not closed", split)
-            return position
-        if closed and text[position] == "]":
-            return position + 1
-        try:
-            value, end = _DECODER.raw_decode(text, position)
-        except (ValueError, RecursionError) as error:
-            indent = text[text.rfind("\n", 0, position) + 1 : position]
-            end = text.find("\n" + (indent if not indent.strip() else "") + "{", position)
-            reason = _json_problem(error, text, position)
-            if end < 0 and not reason.startswith("truncated"):
-                reason += "; the rest of the file is not read"
-            yield Record(lines(position), None, text[position : position + 200], reason, split)
-            if end < 0:
-                return len(text)
-        else:
-            written = text[position:end]
-            problem = TOO_LONG if len(written) > ROW_LIMIT else _not_utf8(written)
-            yield Record(lines(position), None if problem else value, written, problem, split)
-        position = end
+        Returns True, and yields nothing, if there is no whole JSON object: the text may be JSON lines, the first one
+        bad.
+        """
+        text, position, held, split = self._text, start + 1, False, None
+        while True:
+            try:
+                position = _BLANK_OR_COMMA.match(text, position).end()
+                if text.startswith("}", position):
+                    if not held:
+                        yield from self.array(start, closed=False)
+                        return False
+                    position = _BLANK.match(text, position + 1).end()
+                    if position == len(text):
+                        return False
+                    raise ValueError("more text after the object that holds the rows")
+                key, position = self._decode(position)
+                position = _BLANK.match(text, position).end()
+                if not isinstance(key, str) or not text.startswith(":", position):
+                    raise ValueError("expected a key and a colon")
+                position = _BLANK.match(text, position + 1).end()
+                rows = key.lower() in _CONTAINER_KEYS and text.startswith("[", position)
+                if not rows:
+                    _, position = self._decode(position)
+                    continue
+                held, split, position = True, SPLIT_WORDS.get(key.lower()), position + 1
+            except (ValueError, RecursionError) as error:
+                if not held:
+                    return True
+                yield Record(self.line(position), None, text[position : position + 200], _json_problem(error), split)
+                position = self._next_row(position)
+                if position < 0:
+                    return False
+            position = yield from self.array(position, split, inside=True)
+            if position == len(text):  # it was cut off, and said so
+                return False
 
 
 class _CsvLines:
@@ -522,6 +609,8 @@ def _csv_records(file: DataFile, lines: _CsvLines) -> Iterator[Record]:
     first = next((text for text in lines if text.strip()), None)
     if first is None:
         return
+    if lines.taken[-1][2]:
+        raise StoneyError(f"{file.name}: the first line is longer than {ROW_LIMIT} characters; expected a header")
     header, delimiter = _csv_header(file, first)
     reader = csv.reader(lines, delimiter=delimiter, strict=True)
     while True:
@@ -556,13 +645,18 @@ def _csv_header(file: DataFile, line: str) -> tuple[list[str], str]:
     """The column names and the delimiter: the first of , ; tab | (tab first for .tsv) that gives known columns."""
     preferred = "\t" if file.kind == ".tsv" else ","
     for delimiter in sorted(",;\t|", key=lambda delimiter: delimiter != preferred):
-        names = [cell.strip() for cell in next(csv.reader([line.lstrip("\ufeff")], delimiter=delimiter))]
+        try:
+            names = [cell.strip() for cell in next(csv.reader([line.lstrip("\ufeff")], delimiter=delimiter))]
+        except csv.Error:  # a carriage return in its middle
+            continue
         names = [name.lower() if name.lower() in SCHEMA_KEYS | OWN_KEYS else name for name in names]
         if any(set(keys) <= set(names) for keys in SCHEMAS):
             break
     else:
         found = printable(line.strip())[:100]
         raise StoneyError(f"{file.name}: the first line names no known columns: {found!r}; expected {WANTED}")
+    if len(names) > COLUMN_LIMIT:
+        raise StoneyError(f"{file.name} has {len(names):,} columns, more than {COLUMN_LIMIT:,}; keep those that matter")
     names = [name or f"column {number}" for number, name in enumerate(names, 1)]
     name, count = Counter(names).most_common(1)[0]
     if count > 1:

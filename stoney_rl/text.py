@@ -24,6 +24,24 @@ def normalize(text: str) -> str:
     return _APOSTROPHE.sub("'", unicodedata.normalize("NFC", text)).strip()
 
 
+def irregularities(text: str) -> set[str]:
+    """The kinds of what ``normalize`` repairs in ``text``, space at its edges aside: empty for regular text.
+
+    ``"not NFC"``; ``"apostrophe U+2019"`` and ``"invisible U+200B"``, one for each code point found; ``"line end"`` for
+    ``\\r``, whether or not ``\\n`` follows.
+    """
+    text = text.strip()
+    if normalize(text) == text:
+        return set()
+    kinds = {f"invisible U+{ord(char):04X}" for char in _INVISIBLE.findall(text)}
+    kinds |= {f"apostrophe U+{ord(char):04X}" for char in _APOSTROPHE.findall(text)}
+    if "\r" in text:
+        kinds.add("line end")
+    if not unicodedata.is_normalized("NFC", text):
+        kinds.add("not NFC")
+    return kinds
+
+
 def words(text: str) -> list[str]:
     """The words of ``text``, normalised, in order, case kept: letters joined by inner apostrophes and hyphens."""
     return _WORD.findall(normalize(text))

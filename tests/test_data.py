@@ -171,6 +171,14 @@ def test_ids(tmp_path):
     assert [row.id for row in taken] == ["x#2", "x", "x#3"]
 
 
+def test_a_column_called_metadata(tmp_path):
+    """An object is unfolded into the metadata, unless a column of the row has the name; text is a column like others."""
+    assert one(tmp_path, {**QA, "topic": "x", "metadata": "note"}).metadata == {"topic": "x", "metadata": "note"}
+    assert one(tmp_path, {**QA, "topic": "x", "metadata": {"by": 1}}).metadata == {"topic": "x", "by": 1}
+    taken = {"topic": "y"}
+    assert one(tmp_path, {**QA, "topic": "x", "metadata": taken}).metadata == {"topic": "x", "metadata": taken}
+
+
 def test_written_rows_come_back_unchanged(tmp_path):
     first = load_rows(write(tmp_path / "a.jsonl", *(source for source, *_ in SCHEMAS.values()), {**QA, "id": "rows-7"}))
     path = write_jsonl(tmp_path / "out" / "b.jsonl", first.rows)

@@ -8,8 +8,9 @@ from types import SimpleNamespace
 
 import pytest
 
+from stoney_rl import terminal
 from stoney_rl.errors import StoneyError
-from stoney_rl.metrics import chrf, exact, forms, report, retrieval, terminal
+from stoney_rl.metrics import chrf, exact, forms, report, retrieval
 
 # (hypothesis, reference, chrF++): worked out by hand with the formula of Popović 2017, beta = 2, effective order.
 BY_HAND = [

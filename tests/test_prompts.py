@@ -260,7 +260,25 @@ def test_a_merge_across_the_edge_of_the_answer_loses_nothing(template):
     start = labels.count(-100)
     assert ids[:start] == prompts.encode_prompt(tokenizer, user())
     assert tokenizer.decode(ids[start:]) == "Ba.<|im_end|>"
+    ends = prompts.end_of_turn_ids(tokenizer)
+    assert list(prompts.count_tokens(tokenizer, [(user(), "Ba.")], ends)) == [(start, len(ids))]
 
 
 def test_show_example_marks_the_trained_tokens(family, tokenizer):
     assert prompts.show_example(tokenizer, example_of(tokenizer)) == f"{family.prompt}⟦{family.trained}⟧"
+
+
+def test_counts_are_those_of_the_examples(family, tokenizer):
+    """One by one and in batches: the same prompt and the same length, also where a token merges across the edge."""
+    ends = prompts.end_of_turn_ids(tokenizer)
+    asked = [
+        ([{"role": "user", "content": QUESTION}], ANSWER),
+        ([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "a"}, {"role": "user", "content": "ẖ?"}], "ṯ"),
+        ([{"role": "user", "content": "long " * 50}], " leading and trailing \n"),
+    ]
+    examples = [prompts.encode_example(tokenizer, prompt, answer, ends) for prompt, answer in asked]
+    expected = [(example["labels"].count(-100), len(example["input_ids"])) for example in examples]
+    for batch in (1, 2, 3):
+        assert list(prompts.count_tokens(tokenizer, asked, ends, batch=batch)) == expected
+    tokenizer(["a", "long text"], padding=True, truncation=True, max_length=2)  # leaves both set in the backend
+    assert list(prompts.count_tokens(tokenizer, asked, ends)) == expected

@@ -7,6 +7,32 @@ from dataclasses import asdict, dataclass, field
 FAILURE, NOTE = "failure", "note"
 MAX_EXAMPLES = 5  # in the report; findings.jsonl has every row
 
+# Kinds of severity failure, each of which ``--allow`` can let pass.
+FAILURES = (
+    "quarantined_rows",
+    "exact_duplicates",
+    "near_duplicates",
+    "contradictions",
+    "answer_repeats_question",
+    "question_gives_answer",
+    "cut_answers",
+    "mojibake",
+    "look_alikes",
+    "initial_letter_gap",
+    "no_split",
+)
+# Kinds whose rows ``--drop`` can leave out of a prepared directory.
+DROPPABLE = (
+    "exact_duplicates",
+    "near_duplicates",
+    "contradictions",
+    "answer_repeats_question",
+    "question_gives_answer",
+    "cut_answers",
+    "mojibake",
+    "look_alikes",
+)
+
 
 @dataclass(frozen=True)
 class Finding:

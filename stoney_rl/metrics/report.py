@@ -12,8 +12,9 @@ import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
+from stoney_rl import terminal
 from stoney_rl.errors import StoneyError
-from stoney_rl.metrics import chrf, exact, forms, intervals, terminal
+from stoney_rl.metrics import chrf, exact, forms, intervals
 from stoney_rl.metrics.retrieval import question_of
 from stoney_rl.text import fold, normalize
 
