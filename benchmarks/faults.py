@@ -13,21 +13,22 @@ Writes --output, without the text of any row.
 Exit codes: 0 done, 1 a bound is missed (--bound, or a finding in clean rows), 2 bad input, 130 interrupted.
 """
 
+import sys
+from pathlib import Path
+
+if not __package__:  # run as a script: its own folder would hide the standard library's `inspect`
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
 import argparse
 import json
 import random
 import re
 import statistics
-import sys
 import tempfile
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-
-if not __package__:  # run as a script: its own folder would hide the package `evaluate`
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from stoney_rl import checkpoints, cli, lexemes
 from stoney_rl.data import Row, RowSet
@@ -433,7 +434,7 @@ def _orthography(rowset: RowSet) -> Section:
 def _coverage(rowset: RowSet) -> Section:
     from stoney_rl.inspection import coverage
 
-    return coverage.find(rowset.rows)
+    return coverage.find(Counter(form for row in rowset.rows for form in {fold(form) for form in row.lexemes}))
 
 
 def _letters(finding: Finding) -> set[str]:

@@ -12,8 +12,9 @@ A pair of form and gloss is right if the row states that gloss for the form: equ
 leading articles or "to", or one with all content words of the other. Forms and parts of speech must be equal (case
 folded, labels in the singular). Intervals: 95 %, bootstrap over rows.
 
-Writes --output: what was measured, under "planted" or "labels"; the other of the two is kept. Numbers only: no form,
-gloss or text of any row. Exit codes: 0 done, 2 bad input, 130 interrupted.
+Writes --output: what was measured, under "planted" or "labels"; what else the file holds is kept ("labels_first": the
+labels before anyone had looked at the errors). Numbers only: no form, gloss or text of any row.
+Exit codes: 0 done, 2 bad input, 130 interrupted.
 """
 
 import argparse
@@ -113,7 +114,7 @@ def _previous(path: Path) -> dict:
         found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     except (OSError, ValueError):
         found = None
-    if not isinstance(found, dict) or found.keys() - {"planted", "labels"}:
+    if not isinstance(found, dict) or found.keys() - {"planted", "labels", "labels_first"}:
         raise StoneyError(f"--output {path}: not a result of this script; name another file")
     return found
 

@@ -10,13 +10,14 @@ Schemas: ``question``/``answer``, ``prompt``/``completion``, ``prompt``/``respon
 an optional ``input``), ``messages``, and this module's own (``Row.to_dict``). Files of one source may differ in schema.
 """
 
+import contextlib
 import hashlib
 import json
 import os
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -50,6 +51,7 @@ KNOWN_HUB_IDS = (
     "HarleyCooper/StoneyNakoda45k",
 )
 HUB_TIMEOUT = 10.0  # seconds until the hub counts as out of reach
+HUB_TRIES = 4  # requests for one thing, with huggingface_hub's pauses of 1, 2, 4, 8 seconds between them
 
 _BAD_CHARACTER = re.compile("[\x00\ufffd\ud800-\udfff]")
 _CANONICAL = json.JSONEncoder(ensure_ascii=False, sort_keys=True, separators=(",", ":"), allow_nan=False)
@@ -359,7 +361,9 @@ def _to_row(value: object, source: str, stem: str, repairs: set[str]) -> Row:
         prompt = [{"role": "user", "content": question}]
         completion = [{"role": "assistant", "content": _content(value[keys[1]], keys[1], repairs)}]
     lexemes = _lexemes(value.get("lexemes"), repairs)
-    return Row(_source_id(metadata, stem) or source, source, prompt, completion, lexemes, metadata)
+    name = _source_id(metadata, stem) or source
+    _check_characters(name, "id")
+    return Row(name, source, prompt, completion, lexemes, metadata)
 
 
 def _source_id(metadata: dict, stem: str) -> str | None:
@@ -586,11 +590,53 @@ class _Download:
     notes: list[str]
 
 
+class _GaveUpError(Exception):
+    """The hub was asked HUB_TRIES times for one thing."""
+
+
+@contextlib.contextmanager
+def _impatient_hub() -> Iterator[None]:
+    """Let huggingface_hub come to an end, whatever the hub does.
+
+    Left to itself it waits for some answers without limit (timeout=None), and starts a file that breaks off anew for as
+    long as bytes come. The client factory is its own setting for both. HF_HUB_DOWNLOAD_TIMEOUT, in seconds, holds where
+    it is longer than HUB_TIMEOUT.
+    """
+    from huggingface_hub import constants, set_client_factory
+    from huggingface_hub.utils import _http
+
+    asked: Counter = Counter()
+
+    def limit(request) -> None:
+        longest = max(HUB_TIMEOUT, constants.HF_HUB_DOWNLOAD_TIMEOUT)
+        given = request.extensions.get("timeout", {})
+        request.extensions["timeout"] = {
+            step: min(given.get(step) or longest, longest) for step in ("connect", "read", "write", "pool")
+        }
+        asked[request.method, str(request.url)] += 1
+        if asked[request.method, str(request.url)] > HUB_TRIES:
+            raise _GaveUpError
+
+    before = _http._GLOBAL_CLIENT_FACTORY
+
+    def factory():
+        client = before()
+        client.event_hooks["request"].append(limit)
+        return client
+
+    set_client_factory(factory)
+    try:
+        yield
+    finally:
+        set_client_factory(before)
+
+
 def _download(hub_id: str, revision: str | None) -> _Download:
     """The data files of a dataset repository, in the hub's cache. Raises StoneyError that says what to do.
 
     The files are then read as they are: load_dataset refuses a repository whose files differ in their columns
-    (DatasetGenerationCastError). If the hub can't be reached, a cached copy is used, and a note says so.
+    (DatasetGenerationCastError). If the hub can't be reached, or breaks off, a cached copy is used, and a note says so.
+    A hub that falls silent is given up after at most a minute; one from which bytes keep coming is not.
     """
     import difflib
     import errno
@@ -602,6 +648,7 @@ def _download(hub_id: str, revision: str | None) -> _Download:
         GatedRepoError,
         HfHubHTTPError,
         HFValidationError,
+        LocalEntryNotFoundError,
         OfflineModeIsEnabled,
         RepositoryNotFoundError,
         RevisionNotFoundError,
@@ -610,8 +657,11 @@ def _download(hub_id: str, revision: str | None) -> _Download:
     patterns = [f"*{kind}{compression}" for kind in DATA_EXTENSIONS for compression in ("", *COMPRESSIONS)] + ["*.zip"]
     wanted = {"repo_id": hub_id, "repo_type": "dataset", "revision": revision, "allow_patterns": patterns}
     try:
-        HfApi().dataset_info(hub_id, revision=revision, timeout=HUB_TIMEOUT)  # asks once: snapshot_download asks on
-        folder = Path(snapshot_download(**wanted, etag_timeout=HUB_TIMEOUT))
+        with _impatient_hub():
+            commit = HfApi().dataset_info(hub_id, revision=revision, timeout=HUB_TIMEOUT).sha
+            # The commit first, then its name: until all files are there, the name stands for the copy from before.
+            snapshot_download(**{**wanted, "revision": commit}, etag_timeout=HUB_TIMEOUT)
+            folder = Path(snapshot_download(**wanted, etag_timeout=HUB_TIMEOUT))
         return _Download(folder, folder.name, [])
     except HFValidationError:
         raise StoneyError(f"{hub_id} is neither a local path nor a valid hub id; {_EXPECTED_SOURCE}") from None
@@ -632,7 +682,9 @@ def _download(hub_id: str, revision: str | None) -> _Download:
         raise StoneyError(f"{hub_id} has no revision {revision!r}; give a branch, tag or commit that it has") from None
     except DisabledRepoError:
         raise StoneyError(f"{hub_id} has been disabled by the hub; use another source") from None
-    except (httpx2.HTTPError, httpx2.InvalidURL, OSError, ValueError, RuntimeError) as error:
+    except (httpx2.HTTPError, httpx2.InvalidURL, OSError, RuntimeError, _GaveUpError) as error:
+        if isinstance(error, LocalEntryNotFoundError) and isinstance(error.__cause__, Exception):
+            error = error.__cause__  # why it looked for a local entry
         status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
         if status in (401, 403):
             raise StoneyError(
@@ -649,8 +701,14 @@ def _download(hub_id: str, revision: str | None) -> _Download:
             reason = f"the hub answered with status {status}"
         elif isinstance(error, httpx2.TimeoutException):
             reason = f"the hub did not answer within {HUB_TIMEOUT:.0f} seconds"
+        elif isinstance(error, _GaveUpError):
+            reason = f"the hub broke off or did not answer {HUB_TRIES} times"
+        elif isinstance(error, OSError) and not isinstance(error, httpx2.HTTPError) and error.errno is None:
+            reason = f"the download failed ({plain(error).split('. ')[0]})"
         else:
             reason = "the hub can't be reached"
+    except (ValueError, TypeError, KeyError, AttributeError, AssertionError):
+        reason = "what answered does not speak as the hub does (a network's login page? see HF_ENDPOINT and HF_TOKEN)"
     return _cached(hub_id, wanted, reason)
 
 

@@ -19,7 +19,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import replace
-from functools import cache
+from functools import cache, lru_cache
 from typing import TYPE_CHECKING
 
 from stoney_rl.errors import StoneyError
@@ -38,11 +38,13 @@ _MARKED = re.compile(rf"(?![{_LOAN_LETTERS}{_LOAN_LETTERS.upper()}])[^\W\d_\x00-
 # an inch mark opens nothing.
 _QUOTED = re.compile(
     r"`([^`\n]+)`"
-    r'|(?<!\w)"(?=\S)([^"\n]+)"(?!\w)'
+    r'|"(?<!\w")(?=\S)([^"\n]+)"(?!\w)'  # the mark first: a pattern that starts with a letter is found faster
     r"|“([^”\n]+)”"
-    r"|(?<!\w)'(?=[^\s'])([^\n\"`]{0,200}?\S)'(?!\w)"
+    r"|'(?<!\w')(?=[^\s'])([^\n\"`]{0,200}?\S)'(?!\w)"
 )
-_TOKEN = re.compile(r"-?[^\W\d_][\u0300-\u036f]*(?:['\-]?[^\W\d_][\u0300-\u036f]*)*-?")
+_MARK = re.compile("[`\"“']")
+_TOKEN = re.compile(r"-?[^\W\d_]+[\u0300-\u036f]*(?:['\-]?[^\W\d_]+[\u0300-\u036f]*)*-?")
+_PART = re.compile(r"[^/()\[\]+]+")
 _EDGES = " \t.,;:!?…*_~<>\"'`“”"
 
 # Words that make an unmarked phrase English.
@@ -63,7 +65,9 @@ _PIECE_BEFORE = re.compile(
     rf"\b(?:{_PIECE}|starts?|begins?)(?: (?:of|like|such as|with))?[\s:,(`\"'“*]*$", re.IGNORECASE
 )
 _PIECE_AFTER = re.compile(rf"^[\s`\"'”*)]*(?:initial |common |shared )?(?:{_PIECE}|initial|stem|part)\b", re.IGNORECASE)
-_ANNOUNCED = re.compile(r"\b(?:word|term|phrase|verb|noun|adverb|adjective|use|say) $")
+_ANNOUNCING = "(?:word|term|phrase|verb|noun|adverb|adjective|use|say) "
+_ANNOUNCED = re.compile(rf"\b{_ANNOUNCING}$")
+_MAY_BE_ANNOUNCED = re.compile(rf"{_ANNOUNCING}\n?(?=({_TOKEN.pattern}))")
 _LIST_GLUE = re.compile(r"^[\s`\"'“”*]*(?:or|and|,|/)?[\s`\"'“”*]*$")
 
 # English prefixes that answers compare the language's own with.
@@ -94,10 +98,19 @@ def _listed(word: str) -> bool:
     return "our" in word and word.replace("our", "or") in _word_list()
 
 
+def _is_marked(text: str) -> bool:
+    return not text.isascii() and bool(_MARKED.search(text))
+
+
 @cache
 def is_listed_english(word: str) -> bool:
     """Whether ``word`` is English by the word list alone (what ``extract_lexemes`` uses when it is given no test)."""
-    return not (_MARKED.search(word) or word.startswith("-") or word.endswith("-")) and _listed(fold(word))
+    return not (_is_marked(word) or word.startswith("-") or word.endswith("-")) and _listed(fold(word))
+
+
+@lru_cache(maxsize=1 << 14)
+def _tokens(span: str) -> tuple[str, ...]:
+    return tuple(_TOKEN.findall(span))
 
 
 def _spans(text: str) -> list[tuple[int, int]]:
@@ -105,7 +118,7 @@ def _spans(text: str) -> list[tuple[int, int]]:
     spans = []
     for match in _QUOTED.finditer(text):
         start, end = match.span(match.lastindex)
-        inner = _spans(text[start:end])
+        inner = _spans(text[start:end]) if _MARK.search(text, start, end) else []
         spans += [(start + s, start + e) for s, e in inner] or [(start, end)]
     return spans
 
@@ -129,22 +142,36 @@ def _blank(text: str, spans: list[tuple[int, int]]) -> str:
     return "".join([*pieces, text[at:]])
 
 
+_fold_token = cache(fold)
+
+
 @cache
 def _key(word: str) -> str:
     return fold(word).removesuffix("'s")
 
 
+@lru_cache(maxsize=1 << 15)
+def _keys(piece: str) -> tuple[str, ...]:
+    """The keys of the tokens in what stands between two white spaces."""
+    return tuple(map(_key, _TOKEN.findall(piece)))
+
+
+@cache
 def _is_function_word(token: str) -> bool:
     return token.casefold() in _FUNCTION_WORDS
 
 
 def _runs(text: str, offset: int, is_english: IsEnglish) -> list[tuple[int, int]]:
     """(start, end) of the runs of non-English words, one space apart, that hold a marked letter or follow *the word*."""
+    def is_foreign(token: str) -> bool:
+        return _is_marked(token) or not (_is_function_word(token) or is_english(token))
+
+    if not _is_marked(text) and not any(map(is_foreign, _MAY_BE_ANNOUNCED.findall(text))):
+        return []
     runs: list[list[re.Match]] = []
     foreign_before = False
     for match in _TOKEN.finditer(text):
-        token = match.group()
-        foreign = bool(_MARKED.search(token)) or not (_is_function_word(token) or is_english(token))
+        foreign = is_foreign(match.group())
         if foreign and foreign_before and text[runs[-1][-1].end() : match.start()] == " ":
             runs[-1].append(match)
         elif foreign:
@@ -153,7 +180,7 @@ def _runs(text: str, offset: int, is_english: IsEnglish) -> list[tuple[int, int]
     found = []
     for run in runs:
         start, end = run[0].start(), run[-1].end()
-        marked = any(_MARKED.search(match.group()) and len(match.group().strip("-")) > 1 for match in run)
+        marked = any(_is_marked(match.group()) and len(match.group().strip("-")) > 1 for match in run)
         if marked or _ANNOUNCED.search(text[max(0, start - 20) : start]):
             found.append((offset + start, offset + end))
     return found
@@ -162,11 +189,11 @@ def _runs(text: str, offset: int, is_english: IsEnglish) -> list[tuple[int, int]
 def _forms_in_span(text: str, start: int, end: int, is_english: IsEnglish) -> list[tuple[int, int]]:
     """(start, end) of the forms inside one quoted span: the whole of it, pieces of it, or nothing."""
     found = []
-    for part in re.finditer(r"[^/()\[\]+]+", text[start:end]):
-        tokens = _TOKEN.findall(part.group())
-        at, to = start + part.start(), start + part.end()
+    for match in _PART.finditer(text, start, end):
+        part, (at, to) = match.group(), match.span()
+        tokens = _tokens(part)
         english = [token for token in tokens if _is_function_word(token) or is_english(token)]
-        if _MARKED.search(part.group()):
+        if _is_marked(part):
             found += [(at, to)] if 2 * len(english) <= len(tokens) else _runs(text[at:to], at, is_english)
         elif len(tokens) == 1:
             found += [(at, to)] if not english else []
@@ -218,7 +245,7 @@ def extract_lexemes(question: str, answer: str, is_english: IsEnglish | None = N
     lexemes: dict[str, str] = {}
     for form in forms:
         bare = form.strip("-" + _EDGES)
-        if fold(form) not in pieces and len(bare) > 1 and words(bare):
+        if len(bare) > 1 and _TOKEN.search(bare) and not (pieces and fold(form) in pieces):
             lexemes.setdefault(fold(bare), bare)
     return list(lexemes.values())
 
@@ -240,21 +267,21 @@ def english_test(texts: Iterable[str]) -> IsEnglish:
         spans = _spans(text)
         outside, inside, single = _blank(text, spans), set(), set()
         for start, end in spans:
-            tokens = [fold(token) for token in _TOKEN.findall(text[start:end])]
+            tokens = _tokens(text[start:end])
             if len(tokens) == 1:
-                single.update(tokens)
-            elif _MARKED.search(text[start:end]) and not any(map(_is_function_word, tokens)):
-                inside.update(tokens)
+                single.add(_fold_token(tokens[0]))
+            elif _is_marked(text[start:end]) and not any(map(_is_function_word, tokens)):
+                inside.update(map(_fold_token, tokens))
         runs = _runs(outside, 0, is_listed_english)
         for start, end in runs:
-            inside.update(fold(token) for token in _TOKEN.findall(outside[start:end]))
-        prose.update({_key(token) for token in _TOKEN.findall(_blank(outside, runs))})
+            inside.update(map(_fold_token, _tokens(outside[start:end])))
+        prose.update({key for piece in set(_blank(outside, runs).split()) for key in _keys(piece)})
         in_forms.update(inside)
         alone.update(single)
 
     @cache
     def is_english(word: str) -> bool:
-        if _MARKED.search(word) or word.startswith("-") or word.endswith("-"):
+        if _is_marked(word) or word.startswith("-") or word.endswith("-"):
             return False
         key = _key(word)
         if _listed(key):

@@ -8,8 +8,8 @@ A row names forms (``row.lexemes``), quotes glosses and mentions parts of speech
 form is one placeholder, a gloss another and a part of speech a third: ``"tâlo" is a verb meaning "to gather"`` (an
 invented word, as are all in these comments) is ``F is a P meaning G``. Whether F and G belong together then depends
 on the words between two neighbours, and on a few before and after them. Only constructions that state a meaning
-count; hints (suggests, implies, relates to) do not, since a linguist reads the result and a wrong gloss costs more than a
-missing one. In the order in which they are tried:
+count; hints (suggests, implies, relates to) do not, since a linguist reads the result and a wrong gloss costs more than
+a missing one. In the order in which they are tried:
 
 1. F and G side by side: ``F means G``, ``F (G)``, ``F (to gather)``, ``G (F)``, ``G is F``, ``F, a P meaning G``,
    ``for G, use F``, ``F and F mean G and G, respectively``;
@@ -79,7 +79,8 @@ class RowFacts:
 # Parts of speech, as the rows name them: a head and the modifiers before it. A label is lower case and singular.
 _POS_HEAD = re.compile(  # of lower-cased text: to ignore case costs twice the time
     r"\b(?:noun(?: phrase| quantifier)?|verb(?: phrase| quantifier)?|adverb(?:ial)?(?: phrase)?|adjective(?: phrase)?"
-    r"|adjectival phrase|(?:pre|post)position(?:al phrase)?|pronoun|proper name|interjection|conjunction|particle|numeral"
+    r"|adjectival phrase|(?:pre|post)position(?:al phrase)?|pronoun|proper name|interjection|conjunction"
+    r"|particle|numeral"
     r"|quantifier|demonstrative|determiner|interrogative|exclamation)s?\b"
 )
 _POS_MODIFIERS = frozenset(
@@ -122,8 +123,10 @@ _ADVERBS = (
 )
 # Words that may stand between a verb of meaning and the gloss, or between a verb of saying and the form.
 _FILLERS = (
-    r"(?:(?:an?|the|this|that|of|for|to|as|being|specific|general|broader|broad|basic|simple|single|direct|common|proper"
-    r"|distinct|precise|exact|following|more|most|correct|appropriate|appropriately|suitable|valid|physical|actual|particular"
+    r"(?:(?:an?|the|this|that|of|for|to|as|being|specific|general|broader|broad|basic|simple|single|direct"
+    r"|common|proper"
+    r"|distinct|precise|exact|following|more|most|correct|appropriate|appropriately|suitable|valid|physical"
+    r"|actual|particular"
     r"|different|descriptive|traditional|culturally|action|act|state|process|concept|idea|notion|condition|quality"
     r"|feeling|sense|or|property|event|sound|substance|object|place|person|someone|who|is|something|somewhat|like|"
     rf"either|both|stoney|nakoda|english|invented|language|meaning|name|called|\w+ly|{P}|{_NOUNS})[\s,:]+)*?"
@@ -136,20 +139,26 @@ _MEANS = (
     r"(?: \w+ly)? (?:as|to|by)"
     r"|(?:is|are) glossed"
     r"|(?:has|have|with|carries)(?: \w+){0,3} (?:meaning|translation|gloss)(?:es|s)?(?: of)?:?"
-    r"|(?:is|are|was|used) (?:\w+ly )?(?:used )?(?:for|to (?:mean|say|express|describe|refer to|denote|convey|indicate)))"
+    r"|(?:is|are|was|used) (?:\w+ly )?(?:used )?(?:for|to (?:mean|say|express|describe|refer to|denote|convey"
+    r"|indicate)))"
 )
 _IS_A = (
     r"(?:is|are|was|counts? as|acts?(?: \w+ly)? as|functions?(?: \w+ly)? as|serves?(?: \w+ly)? as"
-    r"|(?:is|are) (?:\w+ly |both |also |each )?(?:classified|categorized|categorised|listed|marked|identified|labell?ed|described|tagged"
+    r"|(?:is|are) (?:\w+ly |both |also |each )?(?:classified|categorized|categorised|listed|marked|identified"
+    r"|labell?ed|described|tagged"
     r"|given|considered|noted|treated|designated|presented|used|defined)(?: as)?)"
 )
-_KIND = r"(?:stoney|nakoda|invented|single|simple|general|specific|basic|base|core|valid|descriptive|common|regular|more|direct|different)"
+_KIND = (
+    r"(?:stoney|nakoda|invented|single|simple|general|specific|basic|base|core|valid|descriptive|common|regular|more"
+    r"|direct|different)"
+)
 _A_KIND = rf"{_ADVERBS}(?:both |either |being |the |an? )*(?:{_KIND} )*"
 
 _GLUE = re.compile(r"-?\s*(?:[,;/]|,?\s*(?:and/or|and|or|as well as|&))\s*(?:also |an? |the |either )?")
 
 _F_PARENTHESIS_G = re.compile(
-    rf"-?\s*\((?:(?:an? )?{P}[,:;]?\s*)?(?:literally|lit\.|meaning|which means|i\.e\.,?|glossed as|for|or)?[:,]?\s*(?:an? |the )?"
+    rf"-?\s*\((?:(?:an? )?{P}[,:;]?\s*)?(?:literally|lit\.|meaning|which means|i\.e\.,?|glossed as|for"
+    rf"|or)?[:,]?\s*(?:an? |the )?"
 )
 _F_MEANS_G = re.compile(
     rf"-?{_PARENTHESIS}\s*,?\s*(?:(?:which|that|it)\s+)?"
@@ -167,7 +176,8 @@ _F_APPOSITION_G = re.compile(
 )
 _F_COMMA_G = re.compile(r"-?,\s*")
 _WITH_F_G = re.compile(
-    r"-?,?\s*(?:on the other hand,\s*)?(?:(?:a speaker|speakers|one|you|people) (?:says?|express(?:es)?|means?|refers? to)"
+    r"-?,?\s*(?:on the other hand,\s*)?(?:(?:a speaker|speakers|one|you|people) (?:says?|express(?:es)?|means?"
+    r"|refers? to)"
     r"|the meaning is)\s+"
 )
 _WITH_BEFORE = re.compile(r"\b[Ww]ith\s+$")
@@ -187,7 +197,8 @@ _F_SIGN_G = re.compile(r"-?\s*(?:[:=→]|\s[-–—]|—)\s*")
 _F_AS_G = re.compile(r"-?\s+as\s+(?:an? |the |meaning )?")
 _F_LATER_MEANS_G = re.compile(
     rf"[^.;?!()]*?(?:(?:,|\bwhich|\bthat|\band)\s+{_ADVERBS}(?:means?|meaning|(?:translates?|translating)(?: \w+ly)? to"
-    rf"|stands for|refer(?:s|ring)(?: \w+ly)? to|(?:is|are) (?:\w+ly )?(?:translated|defined|understood) as|(?:is|are) glossed(?: as)?)"
+    rf"|stands for|refer(?:s|ring)(?: \w+ly)? to|(?:is|are) (?:\w+ly )?(?:translated|defined|understood) as"
+    rf"|(?:is|are) glossed(?: as)?)"
     r"|(?:,|\band)\s+(?:understood|translated|glossed|defined|rendered) as|\bwith the (?:gloss|meaning|sense)(?: of)?"
     rf"|\b(?:it|this (?:{P}|{_NOUNS}))\s+{_ADVERBS}{_MEANS})\s+{_FILLERS}"
     r"|[^.?!()]*?\bin English,? (?:it )?(?:is|means)\s+",
@@ -221,7 +232,8 @@ _FOR_BEFORE = re.compile(
     re.IGNORECASE,
 )
 _SAYING_BEFORE = re.compile(
-    r"\b(?:translat\w*|gloss\w*|defin\w*|meaning of|render\w*|express\w*|described?|say|said|give[ns]?)(?: \w+){0,4}\s*$",
+    r"\b(?:translat\w*|gloss\w*|defin\w*|meaning of|render\w*|express\w*|described?|say|said"
+    r"|give[ns]?)(?: \w+){0,4}\s*$",
     re.IGNORECASE,
 )
 _G_LISTED_F = re.compile(rf"[^.;:?!()]{{0,60}}?\b{_NOUNS}\b(?:\s+[a-z]+){{0,4}}:\s*", re.IGNORECASE)
@@ -229,7 +241,8 @@ _G_THEN_F_USED = re.compile(rf"[^.;?!()]{{0,60}}?,\s*{_FILLERS}", re.IGNORECASE)
 _USED_AFTER = re.compile(r"-?\s*(?:is|would be|can be|could be|should be|works|applies|fits)\b(?! not)", re.IGNORECASE)
 # 'For the basket that starts to G, you would use F': the gloss stands anywhere in what opens the sentence.
 _OPENING_BEFORE = re.compile(
-    rf"(?:^|[.?!;]\s+|,\s+(?:and|while|but)\s+)(?:(?:However|Conversely|Similarly),\s+)?(?:for|to|when|if)\b[^.;?!{F}{G}]*$",
+    rf"(?:^|[.?!;]\s+|,\s+(?:and|while|but)\s+)(?:(?:However|Conversely|Similarly),\s+)?(?:for|to|when"
+    rf"|if)\b[^.;?!{F}{G}]*$",
     re.IGNORECASE,
 )
 # A form after one of these is not the subject of what follows it: 'the suffix in F means G'.
@@ -240,7 +253,8 @@ _NOT_SUBJECT = re.compile(
 )
 _ASIDE = re.compile(rf"-?{_PARENTHESIS}(?:,\s*which|,?\s*meaning)\b")
 _MEANING_OF = re.compile(
-    rf"\b(?:translation|meaning|equivalent|gloss|definition|rendering|english)(?: \w+){{0,2}} (?:of|for)(?: (?:the|stoney|nakoda|{P}|invented|{_NOUNS}))*\s*$",
+    rf"\b(?:translation|meaning|equivalent|gloss|definition|rendering|english)(?: \w+){{0,2}} (?:of"
+    rf"|for)(?: (?:the|stoney|nakoda|{P}|invented|{_NOUNS}))*\s*$",
     re.IGNORECASE,
 )
 _BOTH_BEFORE = re.compile(r"\b(?:both|each|either|that|terms?|words?|verbs?|nouns?|phrases?)\s*$", re.IGNORECASE)
@@ -264,11 +278,13 @@ _F_MEANS_BARE = re.compile(
     + _MEANS_BARE.pattern
 )
 _BARE_IS_F = re.compile(
-    rf"\b(?:word|term|verb|noun|phrase|expression|translation|{P})\s+for\s+{_BARE}(?:\s+in \w+(?: \w+)?)?\s+is\s+(?:the (?:\w+ )?)?$",
+    rf"\b(?:word|term|verb|noun|phrase|expression|translation"
+    rf"|{P})\s+for\s+{_BARE}(?:\s+in \w+(?: \w+)?)?\s+is\s+(?:the (?:\w+ )?)?$",
     re.IGNORECASE,
 )
 _BARE_STOP = re.compile(
-    r"\b(?:is|are|was|has|have|that|which|not|this|it|you|would|could|can|these|concept|english|idea|term|phrase|word)\b",
+    r"\b(?:is|are|was|has|have|that|which|not|this|it|you|would|could|can|these|concept|english|idea|term"
+    r"|phrase|word)\b",
     re.IGNORECASE,
 )
 
@@ -287,7 +303,8 @@ _ANAPHOR_POS = re.compile(
     rf"|(?:As|Being) an? (?:{_KIND} )*{P},\s+(?:it|this)\b"
     rf"|Its (?:grammatical )?classification as an? {P}"
     rf"|(?:The|This|Its) (?:\w+ )?\w+ (?:calls|lists|marks|labels|classifies) (?:it|this \w+)(?: as)? (?:an? )?{P}"
-    rf"|(?:This|It)\s+is\s+(?:an?|the)\s+(?:\w+\s+){{0,2}}(?:translation|rendering)\s+(?:of|from|for)\s+(?:the|this|an?)\s+(?:\w+\s+){{0,2}}{P}"
+    rf"|(?:This|It)\s+is\s+(?:an?|the)\s+(?:\w+\s+){{0,2}}(?:translation|rendering)\s+(?:of|from|for)\s+(?:the"
+    rf"|this|an?)\s+(?:\w+\s+){{0,2}}{P}"
     rf"|(?:This|It)\s+[^{F}{P}.;]{{0,60}} (?:and {_IS_A}|as) an? (?:{_KIND} )*{P})",
     re.IGNORECASE,
 )
@@ -306,7 +323,8 @@ _F_IS_A_P = re.compile(
     re.IGNORECASE,
 )
 _F_LATER_P = re.compile(
-    rf"[^.;?!]{{0,60}}(?:[,:]\s+an?\s+|\b(?:because|since|as) this\s+|\bit\s+{_IS_A}\s+an?\s+|(?:,|\band)\s+(?:is )?(?:listed|classified|marked|categorized) as (?:an? )?"
+    rf"[^.;?!]{{0,60}}(?:[,:]\s+an?\s+|\b(?:because|since|as) this\s+|\bit\s+{_IS_A}\s+an?\s+|(?:,"
+    rf"|\band)\s+(?:is )?(?:listed|classified|marked|categorized) as (?:an? )?"
     rf"|\bbelongs to [^.;?!]{{0,30}}\bmarked\s+(?:as )?)(?:{_KIND}\s+)*",
     re.IGNORECASE,
 )
@@ -343,17 +361,20 @@ _NEGATED = re.compile(r"\b(?:not|never|rather than|instead of)\b", re.IGNORECASE
 
 # Questions that ask for a form, or for a meaning.
 _ASKS_FORM = re.compile(
-    r"\b(?:say|render\w*|offer|use|mean\w*|put|express\w*|translat\w*|call\w*|refer\w*|describ\w*|convey\w*|give|what is|which|form|tell"
+    r"\b(?:say|render\w*|offer|use|mean\w*|put|express\w*|translat\w*|call\w*|refer\w*|describ\w*|convey\w*"
+    r"|give|what is|which|form|tell"
     rf"|{_NOUNS}|{P})\b|{P}",
     re.IGNORECASE,
 )
 _CHOICE = re.compile(rf"{F}-?(?: \([^()]*\))?,? (?:or|and)(?: is)? {F}")
 _ASKS_MEANING = re.compile(
-    r"\b(?:mean\w*|say|read|explain|understand|stand for|express|corresponds?|refer\w*|translat\w*|definition|english|gloss)\b",
+    r"\b(?:mean\w*|say|read|explain|understand|stand for|express|corresponds?|refer\w*|translat\w*|definition"
+    r"|english|gloss)\b",
     re.IGNORECASE,
 )
 _ANSWERS_MEANING = re.compile(
-    rf"(?:(?:It|This|That|They|He|She|You|One)\s+)?(?:{_ADVERBS}(?:{_MEANS}|is|are|(?:is|are) referring to)\s+)?(?:The (?:english )?(?:translation|meaning|equivalent|word) is\s+)?(?:an? |the )?{G}",
+    rf"(?:(?:It|This|That|They|He|She|You|One)\s+)?(?:{_ADVERBS}(?:{_MEANS}|is|are|(?:is"
+    rf"|are) referring to)\s+)?(?:The (?:english )?(?:translation|meaning|equivalent|word) is\s+)?(?:an? |the )?{G}",
     re.IGNORECASE,
 )
 _SENTENCE_END = re.compile(r"[.?!]+(?=\s|$)")
@@ -400,11 +421,11 @@ def _starts_word(text: str, start: int) -> bool:
 
 
 def _lower(text: str) -> str:
-    """``text`` case-folded, position by position: a letter that would become two is left as it is."""
-    lowered = text.casefold()
+    """``text`` in lower case, position by position. Not case-folded: that makes two characters of ẖ."""
+    lowered = text.lower()
     if len(lowered) == len(text):
         return lowered
-    return "".join(folded if len(folded := letter.casefold()) == 1 else letter for letter in text)
+    return "".join(small if len(small := letter.lower()) == 1 else letter for letter in text)
 
 
 def _overlaps(start: int, end: int, spans: list[tuple]) -> bool:
@@ -652,9 +673,10 @@ def _pair_glosses(encoded: str, items: list[_Item], sentences: list[tuple[int, i
         if left[0].kind == F:
             start, end = next(bound for bound in sentences if left[-1].at < bound[1])
             alone = len({item.value for item in items if item.kind == F and start <= item.at < right[0].at}) == 1
-            is_choice = (
-                len(left) > 1 and encoded[:end].endswith("?") and " or " in encoded[left[-2].at + 1 : left[-1].at]
-            )
+            glue = encoded[left[-2].at + 1 : left[-1].at] if len(left) > 1 else ""
+            is_choice = " or " in glue and encoded.endswith("?", 0, end)
+            if glue.strip(" -") == "," and _COMPARED_BEFORE.search(before):  # 'unlike F, F means G'
+                left, before = left[-1:], ", "
             forms = _form_then_gloss(gap, before, after, left, alone, is_choice)
             pairs = list(_matched(forms, right, after)) if forms else []
             glosses = right
@@ -696,7 +718,7 @@ def _take_bare(text: str, key: str, facts: _Facts) -> None:
 
 
 def _form_then_pos(gap: str, plain: str, before: str, forms: list[_Item], facts: _Facts) -> list[_Item]:
-    """The forms of the list that the part of speech after ``gap`` belongs to. ``plain``: the gap without parentheses."""
+    """The forms of the list that the part of speech after ``gap`` belongs to. ``plain``: it without parentheses."""
     if _F_PARENTHESIS_P.fullmatch(gap):
         return forms[-1:]
     if _F_IS_A_P.fullmatch(plain):
@@ -709,7 +731,9 @@ def _form_then_pos(gap: str, plain: str, before: str, forms: list[_Item], facts:
         return forms
     if _CALL_F_P.fullmatch(plain) and _CALL_BEFORE.search(before):
         return forms[-1:]
-    if _F_COMMA_P.fullmatch(plain) and not _COMPARED_BEFORE.search(before):
+    if _COMPARED_BEFORE.search(before):  # 'unlike F, a P ...' speaks of something else
+        return []
+    if _F_COMMA_P.fullmatch(plain):
         return forms[-1:]
     return forms if len(forms) == 1 and _F_LATER_P.fullmatch(plain) and not _NEGATED.search(plain) else []
 
@@ -779,7 +803,7 @@ def _pair_sentences(
 
 
 def _metadata_facts(row: Row, forms: dict[str, str], facts: _Facts) -> None:
-    """Gloss and part of speech that the source gives beside the text. They are those of the stem, where it names one."""
+    """Gloss and part of speech that the source gives beside the text: those of the stem, where it names one."""
     metadata = row.metadata
     if not metadata:
         return
@@ -849,7 +873,7 @@ def _facts(row: Row) -> tuple[dict[str, str], _Facts]:
 def _pair_answer(
     texts: list[tuple[str, list[_Item]]], unpaired: list[list[_Item]], asked: set[str], facts: _Facts
 ) -> None:
-    """Question and answer together: a gloss that was asked with the one new form, a form that was asked with a gloss."""
+    """Question and answer together: a gloss asked for with the one new form, a form asked for with a gloss."""
     (question, _), (answer, items) = texts
     named = {item.value for item in items if item.kind == F}
     new = named - asked
@@ -1054,7 +1078,7 @@ _EMPTY = frozenset(
     a an the to of in on at for from with without by as into about over under up down out off and or nor but not no be is
     are was were been being am do does did have has had get gets got make makes i you he she it we they me him her us
     them my your his its our their s someone somebody something anything one oneself person people thing things who whom
-    whose which that this these those very some any
+    any whose which that this these those very some
     """.split()  # noqa: SIM905
 )
 
@@ -1099,6 +1123,11 @@ def conflicting_entries(entries: Iterable[LexiconEntry]) -> list[LexiconEntry]:
     """The entries whose glosses have no content word in common, most attested first."""
     found = [entry for entry in entries if have_conflict([gloss for gloss, _ in entry.glosses])]
     return sorted(found, key=lambda entry: (-entry.count, fold(entry.form)))
+
+
+def _some(sources: Sequence[str], most: int = 10) -> str:
+    left = len(sources) - most
+    return ", ".join(sources[:most]) + (f" and {left:,} more" if left > 0 else "")
 
 
 def section(entries: Sequence[LexiconEntry], rows: Sequence[Row]) -> Section:
@@ -1146,7 +1175,7 @@ def section(entries: Sequence[LexiconEntry], rows: Sequence[Row]) -> Section:
                     {
                         "form": entry.form,
                         "glosses": "; ".join(gloss for gloss, _ in entry.glosses),
-                        "sources": ", ".join(entry.sources),
+                        "sources": _some(entry.sources),
                     }
                     for entry in conflicts[:MAX_EXAMPLES]
                 ),

@@ -66,8 +66,8 @@ class _Item:
 
 
 # In templates {f} is a quoted form, {g} its quoted gloss, {p} its part of speech, {ap} the same with an article, {qp}
-# in quotes; {f2}, {g2}, ... belong to the second form. {x} and {y} are the first two forms in either order, {affix} is
-# the affix of the first.
+# in quotes; {f2}, {g2}, ... belong to the second form. {x} and {y} are the first two forms in either order, both of
+# which the answer names too; {affix} is the affix of the first, {L} the language.
 _SCENES = """
 At a language circle,
 During a long car ride,
@@ -628,22 +628,17 @@ def _texts(
 
     bare = rng.random() < 0.05 and not any(" " in item.form for item in items)
     quotes = _BARE if bare else rng.choice(_QUOTES)
-    values = {
-        "L": rng.choice(_LANGUAGES),
-        "order": rng.random() < 0.5,
-    }
-    asked = question.format_map(_values(items, quotes, **values))
+    language, in_order = rng.choice(_LANGUAGES), rng.random() < 0.5
+    asked = question.format_map(_values(items, quotes, language, in_order))
     if not bare and rng.random() < 0.3:
         quotes = rng.choice(_QUOTES)
     # An American comma or full stop stands inside of the closing quote.
     inside = quotes[1] == '"' and rng.random() < 0.35
-    told = answer.format_map(_values(items, quotes, **values))
+    told = answer.format_map(_values(items, quotes, language, in_order))
     if inside:
         told = told.replace('",', ',"').replace('".', '."')
 
     used = _fields(question) | _fields(answer)
-    if "x" in used:
-        used |= {"f", "f2"}
     statements = []
     for number, item in enumerate(items, start=1):
         suffix = "" if number == 1 else str(number)
@@ -654,9 +649,9 @@ def _texts(
     return asked, told, statements
 
 
-def _values(items: tuple[_Item, ...], quotes: tuple[str, str], *, L: str, order: bool) -> dict[str, str]:
+def _values(items: tuple[_Item, ...], quotes: tuple[str, str], language: str, in_order: bool) -> dict[str, str]:
     form_quote, gloss_quote = quotes
-    values = {"L": L}
+    values = {"L": language}
     for number, item in enumerate(items, start=1):
         suffix = "" if number == 1 else str(number)
         values["f" + suffix] = f"{form_quote}{item.form}{form_quote}"
@@ -665,7 +660,7 @@ def _values(items: tuple[_Item, ...], quotes: tuple[str, str], *, L: str, order:
         values["ap" + suffix] = f"{'an' if item.pos[0] in VOWELS else 'a'} {item.pos}"
         values["qp" + suffix] = f"{gloss_quote}{item.pos}{gloss_quote}"
     if len(items) > 1:
-        values["x"], values["y"] = (values["f"], values["f2"]) if order else (values["f2"], values["f"])
+        values["x"], values["y"] = (values["f"], values["f2"]) if in_order else (values["f2"], values["f"])
     first = items[0]
     if first.rule not in (CITATION, REDUPLICATION):
         morphs = segments(first.stem, first.rule)

@@ -79,6 +79,7 @@ _DECODER = json.JSONDecoder()
 _BLANK = re.compile(r"\s*")
 _BLANK_OR_COMMA = re.compile(r"[\s,]*")
 _FIRST_KEY = re.compile(r'\{\s*"[^"\n]{1,60}"')
+_KNOWN_FIRST_KEY = re.compile(rf'\{{\s*"(?:id|{"|".join(sorted(SCHEMA_KEYS))})"\s*:')
 
 
 @dataclass(slots=True)
@@ -211,6 +212,18 @@ class _Archive:
             self._zip = None
 
 
+def _check_name(archive: _Archive, member: "zipfile.ZipInfo", name: str) -> None:
+    """Raise StoneyError if a member has another name where its data are: damage must not hide a data file."""
+    import zipfile
+
+    try:
+        archive.get().open(member).close()
+    except zipfile.BadZipFile as error:
+        raise StoneyError(f"{name} can't be read as a zip archive: {plain(error)}; check that it is whole") from None
+    except (OSError, ValueError, NotImplementedError, RuntimeError):
+        pass  # encrypted, or of a compression that is unknown here: not a file with rows
+
+
 def _zip_members(path: Path, name: str) -> Iterator[DataFile]:
     import struct
     import zipfile
@@ -237,6 +250,7 @@ def _zip_members(path: Path, name: str) -> Iterator[DataFile]:
         parts = member.filename.split("/")
         _, kind, compression = name_parts(parts[-1])
         if not kind or parts[-1] in NOT_ROWS or any(part.startswith((".", "__MACOSX")) for part in parts):
+            _check_name(archive, member, name)
             continue
         inside = printable(f"{name}/{member.filename}")
         if member.flag_bits & 1:
@@ -307,13 +321,16 @@ def _decompressed(raw: io.BufferedIOBase, compression: str) -> io.BufferedIOBase
 
 def _encoding(head: bytes) -> str:
     """A file's encoding from its first bytes: a byte order mark, else where its zero bytes fall, else UTF-8."""
-    for mark, encoding in (
-        (b"\xef\xbb\xbf", "utf-8-sig"),
+    if head.startswith(b"\xef\xbb\xbf"):
+        return "utf-8-sig"
+    # In a wide encoding what is ASCII has zero bytes; without them a mark is the damage of one row.
+    marks = (
         (b"\xff\xfe\x00\x00", "utf-32"),
         (b"\x00\x00\xfe\xff", "utf-32"),
         (b"\xff\xfe", "utf-16"),
         (b"\xfe\xff", "utf-16"),
-    ):
+    )
+    for mark, encoding in marks if 16 * head.count(0) >= len(head) else ():
         if head.startswith(mark):
             return encoding
     # Without a mark: rows start with ASCII ('{', '[', a header), whose other bytes are zero (RFC 4627, section 3).
@@ -469,7 +486,9 @@ class _JsonText:
 
     def _opening_at(self, position: int) -> tuple[str, str]:
         """How a row at ``position`` begins: its line's indentation, if it is the first on its line, and its first key."""
-        before = self._text[max(self._text.rfind("\n", max(0, position - 200), position) + 1, position - 200) : position]
+        before = self._text[
+            max(self._text.rfind("\n", max(0, position - 200), position) + 1, position - 200) : position
+        ]
         first = _FIRST_KEY.match(self._text, position)
         return (before if not before.strip() else "", first[0] if first else "")
 
@@ -477,15 +496,18 @@ class _JsonText:
         """Where a row after ``position`` seems to begin, or -1.
 
         That is a line that starts as the line at ``position`` or as that of the last good row, or the first key that
-        one of them starts with.
+        one of them starts with; where there is none, an object that starts with a known column.
         """
         openings = [self._opening_at(position), *([self._opening] if self._opening else [])]
         indents = "|".join(sorted({re.escape(indent) for indent, _ in openings}))
         keys = sorted({re.escape(key) for _, key in openings if key})
         found = re.compile("|".join([rf"\n(?:{indents})\{{", *keys])).search(self._text, position + 1)
+        found = found or _KNOWN_FIRST_KEY.search(self._text, position + 1)
         return found.start() if found else -1
 
-    def array(self, position: int, split: str | None = None, closed: bool = True, inside: bool = False) -> Iterator[Record]:
+    def array(
+        self, position: int, split: str | None = None, closed: bool = True, inside: bool = False
+    ) -> Iterator[Record]:
         """The values from ``position`` to the closing bracket, or without one to the end; returns where they end.
 
         ``inside``: of an object, so that more may follow. A bracket after which rows go on is a bad row like others.
@@ -495,7 +517,9 @@ class _JsonText:
             position = _BLANK_OR_COMMA.match(text, position).end()
             if position >= len(text):
                 if closed:
-                    yield Record(self.line(position), None, text[-200:], "truncated JSON: the array is not closed", split)
+                    yield Record(
+                        self.line(position), None, text[-200:], "truncated JSON: the array is not closed", split
+                    )
                 return position
             if closed and text[position] == "]":
                 after = _BLANK_OR_COMMA.match(text, position + 1).end()
@@ -521,7 +545,7 @@ class _JsonText:
             else:
                 written = text[position:end]
                 problem = TOO_LONG if len(written) > ROW_LIMIT else _not_utf8(written)
-                if problem is None and isinstance(value, dict) and value:
+                if problem is None and isinstance(value, dict) and not SCHEMA_KEYS.isdisjoint(value):
                     self._opening = self._opening_at(position)
                 yield Record(self.line(position), None if problem else value, written, problem, split)
             position = end
@@ -691,9 +715,13 @@ def _batch_records(batch, before: int) -> Iterator[Record]:
         values = batch.to_pylist()
     except (ValueError, TypeError, OverflowError, ImportError):  # some cell; find it
         values = [_cells(batch, index) for index in range(batch.num_rows)]
+    some_long = batch.nbytes > ROW_LIMIT
     for number, value in enumerate(values, before + 1):
         if isinstance(value, str):
             yield Record(number, None, "", value)
+            continue
+        if some_long and len(text := json.dumps(value, ensure_ascii=False, default=str)) > ROW_LIMIT:
+            yield Record(number, None, text[:200], TOO_LONG)
             continue
         for key, cell in value.items():
             if isinstance(cell, float) and cell != cell:  # what pandas writes for a missing value

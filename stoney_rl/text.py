@@ -10,7 +10,7 @@ _APOSTROPHE = re.compile(f"[{APOSTROPHES}]")
 _INVISIBLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u00ad\u200b\u200e\u200f\u202a-\u202e\u2066-\u2069\ufeff]")
 
 # A word is letters with their combining marks, joined inside by apostrophes or hyphens: nâzude, dada's, e-echuch.
-_WORD = re.compile(r"[^\W\d_][\u0300-\u036f]*(?:['\-]?[^\W\d_][\u0300-\u036f]*)*")
+_WORD = re.compile(r"[^\W\d_]+[\u0300-\u036f]*(?:['\-]?[^\W\d_]+[\u0300-\u036f]*)*")
 
 
 def normalize(text: str) -> str:
@@ -19,9 +19,12 @@ def normalize(text: str) -> str:
     Nothing is folded to ASCII and case is kept: in this orthography a diacritic is a different letter.
     NFC is Unicode's canonical composition (UAX #15); ẖ and ṯ have composed code points, so NFC is lossless here.
     """
-    text = _INVISIBLE.sub("", text.replace("\r\n", "\n").replace("\r", "\n"))
-    # NFC comes before the apostrophes: it turns U+0374 and U+1FFD into two of them.
-    return _APOSTROPHE.sub("'", unicodedata.normalize("NFC", text)).strip()
+    if not text.isprintable():  # as no line end and no control is
+        text = _INVISIBLE.sub("", text.replace("\r\n", "\n").replace("\r", "\n"))
+    if not text.isascii():
+        # NFC comes before the apostrophes: it turns U+0374 and U+1FFD into two of them.
+        text = _APOSTROPHE.sub("'", unicodedata.normalize("NFC", text))
+    return text.strip()
 
 
 def irregularities(text: str) -> set[str]:

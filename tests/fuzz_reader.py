@@ -13,9 +13,8 @@ What must hold for each file:
    - *CSV*: the same for records, under an untouched header. Not promised is a record that a touched one swallows whole:
      where the csv module, started at a line of the touched text, reads one record of the right width that runs on into
      it. (A quote that is opened and never closed costs its line only.)
-   - *JSON arrays*, one element a line or indented: the same for elements. Not promised is what lies inside of a complete
-     JSON value that begins in the touched text and runs on. In an array on one line the elements before the first touched
-     one are promised.
+   - *JSON arrays*, on one line, one element a line or indented: the same for elements. Not promised is what lies inside of a complete
+     JSON value that begins in the touched text and runs on.
    - *compressed*: the promise of what is inside if the container is whole. A damaged container with a checksum (.gz .bz2
      .xz .zip, .zst with one) is refused, or all that is promised inside comes back. Damaged .parquet has no such promise.
 3. What is not read is accounted for: one row or one quarantined line for each line that is not blank (lines), for each
@@ -54,7 +53,7 @@ from stoney_rl import data  # noqa: E402
 from stoney_rl.errors import StoneyError  # noqa: E402
 
 MEMORY_LIMIT = 800 * 2**20  # bytes of resident memory that reading one file may add
-SECONDS_LIMIT = 10.0
+SECONDS_LIMIT = 10.0  # of processor time
 HANG_SECONDS = 120.0  # then the process that reads is stopped
 BOMB_EVERY = 400
 
@@ -135,7 +134,24 @@ def make_row(draw: random.Random, schema: str, number: int, flat: bool) -> tuple
     return row, Expected(question, answer, metadata)
 
 
-VALUES = (None, True, 0, -1.5, "", "  ", [], {}, [1], {"a": {}}, "\x00", "\ufffd", "\ud800", float("nan"), 10**30, "x" * 3000)
+VALUES = (
+    None,
+    True,
+    0,
+    -1.5,
+    "",
+    "  ",
+    [],
+    {},
+    [1],
+    {"a": {}},
+    "\x00",
+    "\ufffd",
+    "\ud800",
+    float("nan"),
+    10**30,
+    "x" * 3000,
+)
 JUNK = (
     "", " ", "{", "}", "[", "]", '"', ",", "null", "nan", "[]", "{}", "// note", "<<<<<<< HEAD", "{'question': 'q'}",
     '{"question": "q", "answer": "a"', '{"question": "q" "answer": "a"}', '{"question": 1e999, "answer": "a"}',
@@ -201,7 +217,7 @@ def edit_rows(draw: random.Random, rows: list, write: Callable[[dict], str], edi
 
 def json_text(row: dict, indent: int | None = None) -> str:
     text = json.dumps(row, ensure_ascii=False, indent=indent)
-    return text.encode("utf-8", "surrogatepass").decode("utf-8", "replace") if "\ud800" in text else text
+    return json.dumps(row, indent=indent) if "\ud800" in text else text
 
 
 def csv_text(row: dict, delimiter: str, quoting: int, end: str) -> str:
@@ -238,7 +254,9 @@ def encode(draw: random.Random, pieces: list[Piece], encoding: str, edits: list[
         at = draw.randrange(len(content) + 1) if draw.random() < 0.95 else draw.randrange(min(9, len(content)))
         size = draw.choice((1, 1, 1, 2, 4, 30, 200))
         old = content[at : at + size]
-        what = draw.choice(("flip", "flip", "delete", "insert", "insert", "insert", "overwrite", "double", "swap", "cut"))
+        what = draw.choice(
+            ("flip", "flip", "delete", "insert", "insert", "insert", "overwrite", "double", "swap", "cut")
+        )
         end = min(at + size, len(content))
         if what == "flip":
             end = min(at + 1, len(content))
@@ -282,7 +300,7 @@ def same_encoding(content: bytes, encoding: str) -> bool:
     """Whether the first bytes still say what they said."""
     if encoding == "utf-8" or encoding == "bom":
         wide = re.match(rb"(?s)[^\0]\0|\0", content[:8]) or b"\0" in content[:8]
-        return not wide and not content.startswith((b"\xff\xfe", b"\xfe\xff", b"PAR1", b"\x1f\x8b", b"PK\x03\x04"))
+        return not wide and not content.startswith((b"PAR1", b"\x1f\x8b", b"PK\x03\x04"))
     return False  # said by the caller: the first bytes of a wide file are touched or not
 
 
@@ -360,10 +378,7 @@ def promise(file: File, kind: str, encoding: str, made: Encoded, delimiter: str,
     kept = [index for index, (_, _, piece) in enumerate(pieces) if piece.expected and not piece.touched]
     if made.shifted is not None:
         kept = [index for index in kept if pieces[index][1] < made.shifted]
-    if kind == "array on one line":
-        reached = [index for index, (_, _, piece) in enumerate(pieces) if piece.touched]
-        kept = [index for index in kept if not reached or index < reached[0]]
-    if narrow and array and kind != "array on one line":
+    if narrow and array:
         kept = [index for index in kept if not swallowed_json(content, pieces, index)]
     elif not narrow and array and any(piece.touched for *_, piece in pieces):
         reached = min(index for index, (_, _, piece) in enumerate(pieces) if piece.touched)
@@ -614,7 +629,7 @@ def bomb_line(compression: str, block: bytes, name: str, megabytes: int = 150) -
             opened = {
                 ".gz": lambda: gzip.GzipFile(fileobj=raw, mode="wb", compresslevel=1, mtime=0),
                 ".bz2": lambda: bz2.BZ2File(raw, "wb", compresslevel=1),
-                ".xz": lambda: lzma.LZMAFile(raw, "wb", preset=0),
+                ".xz": lambda: lzma.LZMAFile(raw, "wb", preset=0),  # noqa: SIM115
                 ".zst": lambda: zstandard.ZstdCompressor(level=1).stream_writer(raw, closefd=False),
             }[compression]()
             with opened as stream:
@@ -680,7 +695,11 @@ BOMBS: dict[str, tuple[str, Callable[[Path], None], int | None]] = {
     "zst, letters of two bytes": ("rows.jsonl.zst", bomb_line(".zst", "ẖ".encode() * 2**15, ".jsonl"), 2),
     "zst, csv": ("rows.csv.zst", bomb_line(".zst", b"x," * 2**15, ".csv"), 2),
     "gz, csv quote": ("rows.csv.gz", bomb_line(".gz", b'"x' * 2**15, ".csv"), 2),
-    "gz, csv lines in a quote": ("rows.csv.gz", bomb_line(".gz", b'q,"x\n' + b"q,a\n" * 2**14, ".csv", 8), None),
+    "gz, csv lines in a quote": (
+        "rows.csv.gz",
+        bomb_line(".gz", b'q,"x\n' + (b"q," + b"a" * 2000 + b"\n") * 50, ".csv", 60),
+        None,
+    ),
     "gz, json of one line": ("rows.json.gz", bomb_line(".gz", b"a" * 2**16, ".json"), 2),
     "gz, json brackets": ("rows.json.gz", bomb_line(".gz", b"[" * 2**16, ".json"), 2),
     "gz, json over the limit": ("rows.json.gz", bomb_line(".gz", b" " * 2**20, ".json", 3000), None),
@@ -712,7 +731,7 @@ BOMBS: dict[str, tuple[str, Callable[[Path], None], int | None]] = {
     ),
     "csv, quotes that stay open": (
         "rows.csv",
-        bomb_text(lambda: b"question,answer\n" + b'"q,a\n' * 5 + b"q,a\n" * 300_000),
+        bomb_text(lambda: b"question,answer\n" + b'"q,a\n' * 500 + b"q,a\n" * 100_000),
         None,
     ),
     "parquet, one text": ("rows.parquet", bomb_parquet, 1),
@@ -780,7 +799,7 @@ def run_case(case: Case, folder: Path, index: int = 0) -> Outcome:
     path = place(case, folder)
     outcome = Outcome(index, case.kind, "read")
     before = memory(reset=True)
-    start = time.perf_counter()
+    start = time.process_time()  # the bound is on the reader's work: other processes do not count
     rowset = None
     try:
         rowset = data.load_rows(path)
@@ -792,7 +811,7 @@ def run_case(case: Case, folder: Path, index: int = 0) -> Outcome:
             raise
         outcome.result = "traceback"
         outcome.violations.append("not a StoneyError: " + "".join(traceback.format_exception(error))[-1500:])
-    outcome.seconds = time.perf_counter() - start
+    outcome.seconds = time.process_time() - start
     outcome.memory = max(0, memory() - before)
     if outcome.seconds > SECONDS_LIMIT:
         outcome.violations.append(f"took {outcome.seconds:.1f} s")
@@ -882,7 +901,11 @@ def check_file(rowset, file: File, case: Case) -> list[str]:
             found.append(
                 f"{name} line {line}: a good row is lost: {expected.question!r}"
                 + (f" (one like it is at {', '.join(there)})" if there else "")
-                + (f"; quarantined: {[(q.line, q.reason[:60]) for q in bad[:4]]}" if bad else "; nothing is quarantined")
+                + (
+                    f"; quarantined: {[(q.line, q.reason[:60]) for q in bad[:4]]}"
+                    if bad
+                    else "; nothing is quarantined"
+                )
             )
             break
     if not found and file.total is not None and len(rows) + len(bad) != file.total:
@@ -966,7 +989,9 @@ def summary(outcomes: list[Outcome]) -> str:
         groups["bombs" if outcome.kind.startswith("bomb") else re.sub(r"\.(gz|bz2|xz|zst)$", "", outcome.kind)].append(
             outcome
         )
-    lines = [f"{'kind':<20}{'files':>7}{'read':>7}{'refused':>9}{'rows':>9}{'promised':>10}{'quarantined':>13}{'violations':>12}"]
+    lines = [
+        f"{'kind':<20}{'files':>7}{'read':>7}{'refused':>9}{'rows':>9}{'promised':>10}{'quarantined':>13}{'violations':>12}"
+    ]
     for kind, group in [*groups.items(), ("all", outcomes)]:
         read = [outcome for outcome in group if outcome.result == "read"]
         lines.append(
@@ -976,7 +1001,10 @@ def summary(outcomes: list[Outcome]) -> str:
         )
     refused = Counter(outcome.result for outcome in outcomes if outcome.result != "read")
     lines.append("refused: " + ", ".join(f"{what} {count}" for what, count in refused.most_common()))
-    for title, group in (("mutated files", [o for o in outcomes if not o.kind.startswith("bomb")]), ("bombs", groups["bombs"])):
+    for title, group in (
+        ("mutated files", [o for o in outcomes if not o.kind.startswith("bomb")]),
+        ("bombs", groups["bombs"]),
+    ):
         if group:
             slow, large = max(group, key=lambda o: o.seconds), max(group, key=lambda o: o.memory)
             lines.append(
@@ -1005,7 +1033,10 @@ def main(argv: list[str] | None = None) -> int:
         outcomes.append(outcome)
         if outcome.violations:
             path = keep(args.seed, outcome, folder)
-            print(f"VIOLATION seed {args.seed} file {outcome.index} ({outcome.kind}): {outcome.violations[0]}\n  {path}", flush=True)
+            print(
+                f"VIOLATION seed {args.seed} file {outcome.index} ({outcome.kind}): {outcome.violations[0]}\n  {path}",
+                flush=True,
+            )
         if len(outcomes) % 500 == 0:
             bad = sum(bool(o.violations) for o in outcomes)
             print(f"{len(outcomes)} files, {bad} violations, {time.perf_counter() - start:.0f} s", flush=True)

@@ -10,7 +10,7 @@ import pytest
 
 from stoney_rl import lexemes, planted_prose
 from stoney_rl.errors import StoneyError
-from stoney_rl.planted import CONSONANTS, NASAL_VOWELS, VOWELS, PlantedLanguage
+from stoney_rl.planted import CONSONANTS, FOREIGN, NASAL_VOWELS, VOWELS, PlantedLanguage
 from stoney_rl.planted_prose import PARTS_OF_SPEECH, prose_rows
 from stoney_rl.text import fold, normalize, words
 
@@ -143,6 +143,26 @@ def _jaccard(one: str, other: str) -> float:
     return len(first & second) / len(first | second)
 
 
+def test_no_pair_and_no_phrase_comes_twice_however_small_the_language():
+    rows, stated = prose_rows(PlantedLanguage(0, 30), 2500)
+    forms = defaultdict(list)
+    for entry in stated:
+        forms[entry.row_id].append(entry.form)
+    phrases = Counter(form for entries in forms.values() for form in entries if " " in form)
+    assert len(phrases) > 300
+    assert phrases.most_common(1)[0][1] == 1
+    compared = [row for row in rows if row.question.count(forms[row.id][-1]) and len(forms[row.id]) == 2]
+    pairs = Counter(frozenset(forms[row.id]) for row in compared if not _is_built(forms[row.id]))
+    assert len(pairs) > 200
+    assert pairs.most_common(1)[0][1] == 1
+
+
+def _is_built(forms: list[str]) -> bool:
+    """A form beside its stem: asked for by itself, and in comparisons too."""
+    one, other = sorted(forms, key=len)
+    return one in other
+
+
 def test_no_wording_dominates():
     """With forms and glosses left out, a wording is seldom used twice, and no opening more than a few times in 100."""
     masked = Counter(re.sub(r"""(["'`]).*?\1""", "#", row.question) for row in ROWS)
@@ -170,6 +190,8 @@ def test_letters_and_code_points():
         assert set(form) <= set(letters) | {" "}
         assert unicodedata.is_normalized("NFC", form)
         initials.update(word[0] for word in form.split())
+        # Neither Stoney nor English, see planted.py.
+        assert all(set(word) & set(FOREIGN) and set(word) & set(NASAL_VOWELS) for word in form.split())
     assert set(initials) == set(letters)
 
 

@@ -273,7 +273,14 @@ def test_counts_are_those_of_the_examples(family, tokenizer):
     ends = prompts.end_of_turn_ids(tokenizer)
     asked = [
         ([{"role": "user", "content": QUESTION}], ANSWER),
-        ([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "a"}, {"role": "user", "content": "ẖ?"}], "ṯ"),
+        (
+            [
+                {"role": "user", "content": "Hi"},
+                {"role": "assistant", "content": "a"},
+                {"role": "user", "content": "ẖ?"},
+            ],
+            "ṯ",
+        ),
         ([{"role": "user", "content": "long " * 50}], " leading and trailing \n"),
     ]
     examples = [prompts.encode_example(tokenizer, prompt, answer, ends) for prompt, answer in asked]

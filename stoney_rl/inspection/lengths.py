@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from stoney_rl.data import Row
 from stoney_rl.inspection.findings import FAILURE, NOTE, Finding, Section
+from stoney_rl.lexemes import planted_form
 from stoney_rl.text import fold, words
 
 if TYPE_CHECKING:
@@ -120,9 +121,12 @@ def _tokens_a_word(tokenizer: "PreTrainedTokenizerBase", rows: Sequence[Row]) ->
     language: Counter[str] = Counter()
     english: Counter[str] = Counter()
     for row in sample:
-        own = {word for form in row.lexemes for word in words(fold(form))}
+        own = {word for form in [*row.lexemes, planted_form(row) or ""] for word in words(fold(form))}
         for word in words(fold(f"{row.question}\n{row.answer}")):
-            (language if word in own else english)[word] += 1
+            if word in own:
+                language[word] += 1
+            elif word.isascii():  # affixes and other pieces of the language are neither
+                english[word] += 1
     marked = Counter({word: count for word, count in language.items() if not word.isascii()})
     measured = {
         name: _cost(tokenizer, counts)

@@ -60,7 +60,8 @@ _LOANS = "éèêëàáäçñïöüæœ"  # in English words
 _VARIANTS = ("<wide>", "<narrow>", "<font>", "<compat>")
 
 _USUAL = "“”„«»–—…•·°\u00a0"  # not letters, and usual in prose
-_TELLTALE = "ÃÂÄÅ"  # how the UTF-8 of most accented Latin letters begins, read as Latin-1
+# How the UTF-8 of most accented Latin letters, of those with a line or dot below, and of curly quotes begins, misread.
+_TELLTALE = "[ÃÂÄÅ]|á[¸¹º]|â€"
 _C1 = frozenset(f"invisible U+{code:04X}" for code in range(0x80, 0xA0) if code != 0x85)  # U+0085 may end a line
 
 
@@ -80,6 +81,13 @@ class _Usage:
     rows_of: Counter = field(default_factory=Counter)
     characters: Counter = field(default_factory=Counter)
     prose: Counter = field(default_factory=Counter)
+
+    def leave_out(self, rows: Sequence[Row]) -> None:
+        """Take back what ``rows`` added to the counts of rows; ``own`` and ``spelling`` keep what is not counted."""
+        other = _read(rows)
+        self.words = self.words - other.words
+        self.forms = self.forms - other.forms
+        self.rows_of = self.rows_of - other.rows_of
 
 
 def _text(row: Row) -> str:
@@ -197,10 +205,12 @@ def _prototype(char: str) -> str:
 
     # The data link each character with its prototype, both ways: whoever has several links is the prototype.
     links = confusables_data.get(char, [])
-    if len(links) != 1:
-        return char
-    other = links[0]["c"]
-    return min(char, other) if len(confusables_data.get(other, [])) == 1 else other
+    if len(links) == 1:
+        other = links[0]["c"]
+        char = min(char, other) if len(confusables_data.get(other, [])) == 1 else other
+    # Cyrillic к т м н look like small capitals there, which nobody tells from the letters in a word.
+    capital = re.fullmatch("LATIN LETTER SMALL CAPITAL ([A-Z])", unicodedata.name(char, "")) if len(char) == 1 else None
+    return "k" if char == "ĸ" else capital[1].lower() if capital else char
 
 
 @cache
@@ -389,7 +399,7 @@ def _in_quotes(text: str, start: int) -> bool:
 def _look_alike_finding(
     rows: Sequence[Row], usage: _Usage, flagged: Mapping[str, tuple[str, list[_LookAlike]]], damaged: set[str]
 ) -> Finding | None:
-    """The rows with words of ``flagged``; ``damaged`` rows hold mojibake, whose letters mean nothing."""
+    """The rows with words of ``flagged``, without the ``damaged`` ones."""
     if not flagged:
         return None
     letters = {suspect.letter for _, suspects in flagged.values() for suspect in suspects}
@@ -435,21 +445,27 @@ def _look_alike_finding(
 # Mojibake
 
 
-def _misread(letters: Iterable[str]) -> dict[str, str]:
+def _misread(letters: Sequence[str]) -> dict[str, str]:
     """How reading shows a letter whose UTF-8 was decoded as Latin-1 or Windows-1252 -> the letter.
 
-    Normalising has removed control characters and turned ´ into an apostrophe, so that ftfy can't restore ẖ and ô.
+    Normalising has removed control characters and turned ´ into an apostrophe, so that ftfy can't restore ẖ and ô. Where
+    two letters are shown alike, the first counts. ``letters`` are lower case; capitals, and the letters with a line or
+    a dot below that ftfy doesn't look for (U+1E00 to U+1E9F), come behind.
     """
     import ftfy.bad_codecs
 
     ftfy.bad_codecs.ok()  # registers sloppy-windows-1252, which decodes every byte
     shown: dict[str, str] = {}
-    for letter in letters:
-        for variant in (letter, letter.upper()):
-            for encoding in ("sloppy-windows-1252", "latin-1"):
-                wrong = normalize(f"x{variant.encode().decode(encoding)}x")[1:-1]
-                if len(wrong) > 1 and not wrong.isascii():
-                    shown.setdefault(wrong, variant)
+    others = map(chr, range(0x1E00, 0x1EA0))
+    for shortest, letter in (
+        *((2, letter) for letter in letters),
+        *((2, letter.upper()) for letter in letters),
+        *((3, letter) for letter in others),
+    ):
+        for encoding in ("sloppy-windows-1252", "latin-1"):
+            wrong = normalize(f"x{letter.encode().decode(encoding)}x")[1:-1]
+            if len(wrong) >= shortest and not wrong.isascii():
+                shown.setdefault(wrong, letter)
     return shown
 
 
@@ -471,9 +487,14 @@ def _mojibake(rows: Sequence[Row], rowset: RowSet, usage: _Usage) -> Finding | N
     usual = {letter for letter, count in usage.rows_of.items() if count > RARE * len(rows)}
     usual |= {letter.upper() for letter in usual} | set(_USUAL)
     odd = "".join(sorted(char for char in usage.characters if not char.isascii() and char not in usual))
-    guard = re.compile(f"[{re.escape(odd + _TELLTALE)}]")
-    shown = _misread(sorted(letter for letter in {*usage.rows_of, *_LOANS, *"‘’“”–—…"} if len(letter) == 1))
+    guard = re.compile(f"{_TELLTALE}|[{re.escape(odd)}]" if odd else _TELLTALE)
+    by_rows = sorted(usage.rows_of, key=lambda letter: (-usage.rows_of[letter], letter))
+    shown = _misread([letter for letter in (*by_rows, *_LOANS, *"‘’“”–—…") if len(letter) == 1])
     pattern = _misread_pattern(shown)
+
+    # “Î” and «TÂ» are quoted letters of the language, not the bytes of another one.
+    capitals = "".join(sorted(char for char in usual if char.isupper() and not char.isascii()))
+    after_capital = re.compile(f"(?<=[{capitals}])[{_USUAL}](?!\\w)") if capitals else re.compile("(?!)")
 
     def pieces(text: str) -> Iterator[tuple[str, str]]:
         """(damaged word, the word as it should be) of a text that ftfy or the table finds damaged."""
@@ -489,10 +510,10 @@ def _mojibake(rows: Sequence[Row], rowset: RowSet, usage: _Usage) -> Finding | N
     for row in rows:
         text = _text(row)
         found: dict[str, str] = {}
-        if guard.search(text) and (is_bad(text) or pattern.search(text)):
-            found = dict(pieces(text))
-            if not found and (fixed := fix_encoding(text)) != text:
-                found = {text[:60]: fixed[:60]}
+        if guard.search(text):
+            text = after_capital.sub('"', text)
+            if is_bad(text) or pattern.search(text):
+                found = dict(pieces(text))
         stray = sorted(_C1.intersection(rowset.irregular.get(row.id, ())))
         if not found and not stray:
             continue
@@ -672,14 +693,15 @@ def find(rowset: RowSet, rows: Sequence[Row], *, glosses: Mapping[str, str] | No
 
     mojibake = _mojibake(rows, rowset, usage)
     damaged = set(mojibake.row_ids) if mojibake else set()
+    if damaged:  # what their letters look like means nothing
+        usage.leave_out([row for row in rows if row.id in damaged])
     flagged, figures = _look_alikes(usage)
     look_alikes = _look_alike_finding(rows, usage, flagged, damaged)
-
-    forms = usage.forms
-    if damaged:
-        forms = Counter(form for row in rows if row.id not in damaged for form in {fold(form) for form in row.lexemes})
-    if flagged:
-        forms = {f: count for f, count in forms.items() if flagged.keys().isdisjoint(_WORD.findall(usage.spelling[f]))}
+    forms = {
+        form: count
+        for form, count in usage.forms.items()
+        if not flagged or flagged.keys().isdisjoint(_WORD.findall(usage.spelling[form]))
+    }
     groups = _diacritic_groups(forms, glosses or {})
 
     found = [mojibake, look_alikes, *_repaired(rows, rowset, irregular), _diacritic_finding(groups, len(forms))]

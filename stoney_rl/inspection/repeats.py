@@ -18,7 +18,7 @@ in it, so the cost grows with the rows and not with their square.
 import re
 import unicodedata
 from array import array
-from collections import OrderedDict, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -38,7 +38,10 @@ if TYPE_CHECKING:
 
 NAME = "repeats"
 
-SHINGLE = 5  # characters
+# Characters. The book's advice for long documents is 5 to 9, so that no shingle is in most of them; here the forms tell rows
+# apart, and short shingles bear the edits of a short text better: of three edits in a question and its answer mostly a
+# similarity of 0.8 or more is left.
+SHINGLE = 3
 PERMUTATIONS = 64
 # Longer texts are compared by their beginning: one row of a million characters must not cost as much as the others.
 MAX_CHARACTERS = 20_000
@@ -67,7 +70,7 @@ _STOPWORDS = _GLOSS_STOPWORDS | frozenset(
 )
 _GRAMMAR = frozenset(
     """verb noun adverb adjective pronoun postposition preposition conjunction particle interjection phrase clause
-    prefix suffix infix stem root active stative passive transitive intransitive impersonal reflexive reciprocal
+    causative prefix suffix infix stem root active stative passive transitive intransitive impersonal reflexive reciprocal
     alienable inalienable proper singular plural first second third person indirect direct object subject form word
     term""".split()  # noqa: SIM905
 )
@@ -100,6 +103,7 @@ _ASKS_HOW = re.compile(
     rf"|\bwhat {_CAN} (?!they |he |she ){_PERSON} (?:\w+ly ){{0,2}}(?:say|use|call)\b"
     rf"|\bwrite .* as an? {_ADJECTIVE}{{0,3}}{_KIND}\b"
     r"|\bwhat would .* be in |\b(?:want|wants|wish|wishes) to say\b"
+    r"|\bwhat does the (?:result|form) (?:look|sound) like\b|\b(?:answer|solution|hint|tip)(?: is|:) "
     r"|\bdoes the (?:\w+ )?(?:dictionary|glossary|lexicon) (?:offer|give|have|list)\b"
     r"|(?:^|[,;:] |\bplease |\byou )(?:directly )?translate\b.*\b(?:into|to|in) "
 )
@@ -179,7 +183,8 @@ _ROUGHLY_QUOTED = re.compile(r"[\"`“]([^\"`“”\n]+)[\"`”]|(?<!\w)'([^'\"`
 def _rough_quotes(folded: str, forms: Sequence[str]) -> frozenset[str]:
     """About what ``_quotes`` finds, in a folded text and at a tenth of its cost."""
     glosses = {" ".join(_gloss_words(double or single)) for double, single in _ROUGHLY_QUOTED.findall(folded)}
-    return frozenset(glosses.difference(forms, ("",)))
+    # A marked letter makes it a form or an affix, whatever the row calls it.
+    return frozenset(gloss for gloss in glosses.difference(forms) if gloss and gloss.isascii())
 
 
 def _quotes(row: "Row", forms: Sequence[str]) -> dict[str, None]:
@@ -304,6 +309,14 @@ def _shingle_hashes(text: str) -> "np.ndarray":
     return hashes
 
 
+def _distinct(values: "np.ndarray") -> "np.ndarray":
+    """``np.unique`` by sorting: numpy's hash table is many times slower on these pairs."""
+    import numpy as np
+
+    values = np.sort(values)
+    return values[np.flatnonzero(np.diff(values, prepend=-1))]
+
+
 def _bucket_pairs(keys: "np.ndarray", rows: "np.ndarray", count: int) -> "np.ndarray":
     """Pairs of rows with the same key, as ``later * count + earlier``: each row with the first _FIRST rows of its
     bucket and the _LAST before it. ``rows`` is in ascending order."""
@@ -323,7 +336,7 @@ def _bucket_pairs(keys: "np.ndarray", rows: "np.ndarray", count: int) -> "np.nda
     for back in range(1, _LAST + 1):
         later = place >= back
         pairs.append(rows[later] * count + rows[at[later] - back])
-    return np.unique(np.concatenate(pairs))
+    return _distinct(np.concatenate(pairs))
 
 
 def _candidates(
@@ -349,10 +362,10 @@ def _candidates(
             keys *= np.uint64(0x9E3779B97F4A7C15)
             keys ^= keys >> np.uint64(32)
             keys += signatures[rows, column]
-        pairs = np.union1d(pairs, _bucket_pairs(keys, rows, count))
+        pairs = _distinct(np.concatenate((pairs, _bucket_pairs(keys, rows, count))))
     owners, keys = variants
     if len(owners):
-        pairs = np.union1d(pairs, _bucket_pairs(keys, owners, count))
+        pairs = _distinct(np.concatenate((pairs, _bucket_pairs(keys, owners, count))))
     later, earlier = pairs // count, pairs % count
     later, earlier = later[later != earlier], earlier[later != earlier]
     if not len(later):
@@ -375,8 +388,8 @@ def _candidates(
 def _letter_apart(
     bare_forms: list[str], skeletons: "np.ndarray", quotes: "np.ndarray", rows: "np.ndarray"
 ) -> tuple["np.ndarray", "np.ndarray"]:
-    """(rows, keys): the forms of a row as they are, and with each letter left out: spellings one letter apart share a
-    key (the deletion neighbourhood, Mor and Fraenkel 1982; Garbe's SymSpell).
+    """(rows, keys): the forms of a row as they are, with each letter left out, and with each form left out: spellings one
+    letter apart share a key, and so do rows one of which has one form more (the deletion neighbourhood, Mor and Fraenkel 1982; Garbe's SymSpell).
 
     bare_forms: ``[skeleton]``. skeletons, quotes: ``[row]``. rows: those to look at, ascending. The quotes are in the key:
     without them the words of a small lexicon, many of which are one letter apart, would share buckets. So rows that
@@ -397,26 +410,14 @@ def _letter_apart(
             if seen[skeleton] > _FIRST + _LAST:
                 continue
             bare = bare_forms[skeleton]
-            keys.append(hash((bare, quoted)))
-            keys.extend(hash((bare[:at] + bare[at + 1 :], quoted)) for at in range(len(bare)))
-            owners.extend([row] * (len(bare) + 1))
+            forms = bare.split("|")
+            near = {bare, *(bare[:at] + bare[at + 1 :] for at in range(len(bare)))}
+            near.update("|".join(forms[:at] + forms[at + 1 :]) for at in range(len(forms)))
+            keys.extend(hash((text, quoted)) for text in near)
+            owners.extend([row] * len(near))
     owners, keys = np.frombuffer(owners, dtype=np.int64), np.frombuffer(keys, dtype=np.int64)
     order = np.argsort(owners, kind="stable")
     return owners[order], keys[order]
-
-
-class _Cache(OrderedDict):
-    """The last ``size`` values of ``make(index)``."""
-
-    def __init__(self, make, size: int = 2000) -> None:
-        super().__init__()
-        self.make, self.size = make, size
-
-    def __missing__(self, index: int):
-        if len(self) >= self.size:
-            self.popitem(last=False)
-        self[index] = value = self.make(index)
-        return value
 
 
 @dataclass
@@ -424,6 +425,7 @@ class _Compared:
     """What is compared of one row once it is a candidate."""
 
     forms: frozenset[str]
+    words: frozenset[str]
     quotes: frozenset[str]
     numbers: frozenset[str]
     shingles: frozenset[str]
@@ -434,6 +436,7 @@ class _Compared:
         text = _Texts.of(row).shingled()
         return cls(
             frozenset(forms),
+            frozenset(text.split()),
             frozenset(_quotes(row, forms)),
             frozenset(_NUMBER.findall(text)),
             frozenset(text[at : at + SHINGLE] for at in range(len(text) - SHINGLE + 1)),
@@ -446,15 +449,21 @@ def _one_edit(one: str, other: str) -> bool:
     return OSA.distance(one, other, score_cutoff=1) <= 1
 
 
-def _same_forms(one: frozenset[str], other: frozenset[str]) -> bool:
-    """Equal, or equal without diacritics, or one form is one letter apart."""
-    if one == other:
+def _same_forms(one: "_Compared", other: "_Compared") -> bool:
+    """Whether two rows are about the same forms: all but one of each are equal, or equal without diacritics, and that
+    one is in the words of the other row, or a letter apart from one of them. (An affix, or a misspelt English word, may
+    count as a form in one row and not in the other.)"""
+    if one.forms == other.forms:
         return True
-    bare, other_bare = {_stripped(form) for form in one}, {_stripped(form) for form in other}
-    only, other_only = bare - other_bare, other_bare - bare
-    if not only and not other_only:
-        return True
-    return len(only) == len(other_only) == 1 and _one_edit(*only, *other_only)
+    bare, other_bare = {_stripped(form) for form in one.forms}, {_stripped(form) for form in other.forms}
+    for only, there in ((bare - other_bare, other), (other_bare - bare, one)):
+        if len(only) > 1:
+            return False
+        for form in only:
+            words = [_stripped(word) for word in [*there.forms, *there.words]]
+            if not any(_one_edit(form, word) for word in words):
+                return False
+    return True
 
 
 def _same_quotes(one: frozenset[str], other: frozenset[str]) -> bool:
@@ -475,7 +484,7 @@ def _same_quotes(one: frozenset[str], other: frozenset[str]) -> bool:
 def _similarity(one: _Compared, other: _Compared, threshold: float) -> float:
     """The Jaccard similarity of the shingles, or 0 where the rows are about different things or below ``threshold``."""
     small, large = sorted((len(one.shingles), len(other.shingles)))
-    if small < threshold * large or not _same_forms(one.forms, other.forms):
+    if small < threshold * large or not _same_forms(one, other):
         return 0.0
     if one.numbers != other.numbers or not _same_quotes(one.quotes, other.quotes):
         return 0.0
@@ -537,17 +546,17 @@ _BETWEEN_OPTIONS = _OR | _GRAMMAR | frozenset("a an the is either".split())  # n
 _ASKS_FOR_A_PART = re.compile(r" which (?:\w+ ){0,2}(?:elements?|parts?|components?) ")
 
 
-def _offered(prompt: str, in_prompt: set[str]) -> bool:
-    """Whether two of the forms of a prompt (spaced words) are offered as alternatives, *X or Y*, or as the parts of a
-    phrase."""
+def _offered(prompt: str, in_prompt: set[str], held: str) -> bool:
+    """Whether a prompt (spaced words) offers ``held`` and another of its forms as alternatives, *X or Y*, or as the
+    parts of a phrase."""
     if len(in_prompt) < 2:
         return False
     if _ASKS_FOR_A_PART.search(prompt):
         return True
-    places = sorted((at, at + len(form) + 2) for form in in_prompt if (at := prompt.find(f" {form} ")) >= 0)
-    for (_, end), (start, _) in pairwise(places):
-        between = set(prompt[end - 1 : start + 1].split())
-        if between & _OR and between <= _BETWEEN_OPTIONS:
+    places = sorted((at, form) for form in in_prompt if (at := prompt.find(f" {form} ")) >= 0)
+    for (at, form), (start, following) in pairwise(places):
+        between = set(prompt[at + len(form) + 1 : start + 1].split())
+        if held in (form, following) and between & _OR and between <= _BETWEEN_OPTIONS:
             return True
     return False
 
@@ -559,16 +568,20 @@ def _given_away(row: "Row", texts: _Texts, in_answer: list[str], in_prompt: set[
     """
     asked = planted_form(row)
     asked = _form_key(asked) if asked else ""
-    empty = all(word in _STOPWORDS or word in ("no", "not", "yes") for word in texts.answer.split())
+    # An affix, or a word of a phrase, that the answer explains besides.
+    claimed = [form for form in in_answer if not any(form != other and form in other for other in in_answer[:20])]
+    words = texts.answer.split()
+    if texts.answer in texts.prompt and not all(word in _STOPWORDS or word in ("no", "not", "yes") for word in words):
+        # Of an answer that is more than a form, nobody offers a choice.
+        bare = len(words) <= sum(form.count(" ") + 1 for form in in_answer)
+        return in_answer, bare and _offered(texts.prompt, in_prompt, in_answer[0])
     if asked:
         held = [asked] if asked in in_prompt else []
-    elif in_answer and in_prompt.issuperset(in_answer):
-        held = in_answer if _asks_for_a_form(row.question[:MAX_CHARACTERS]) else []
+    elif claimed and in_prompt.issuperset(claimed) and _asks_for_a_form(row.question[:MAX_CHARACTERS]):
+        held = sorted(claimed, key=lambda form: texts.answer.index(f" {form} "))
     else:
         held = []
-    if not held and (empty or texts.answer not in texts.prompt):
-        return None
-    return held or in_answer, _offered(texts.prompt, in_prompt)
+    return (held, _offered(texts.prompt, in_prompt, held[0])) if held else None
 
 
 @dataclass
@@ -609,9 +622,9 @@ def _contradiction(one: _Claims, other: _Claims) -> tuple[str, str] | None:
             return only[0], other_only[0]
         return None
     if one.glosses and other.glosses:
-        only = [gloss for gloss in one.glosses if not _said(gloss, other.glosses)]
-        other_only = [gloss for gloss in other.glosses if not _said(gloss, one.glosses)]
-        if only and other_only and not _said(one.glosses[0], other.glosses[:1]):
+        only = [gloss for gloss in one.glosses if gloss not in other.glosses]
+        other_only = [gloss for gloss in other.glosses if gloss not in one.glosses]
+        if only and other_only and not _alike(one.glosses[0], other.glosses[0]):
             return " ".join(only[0]), " ".join(other_only[0])
         return None
     shared = len(one.content & other.content)
@@ -620,9 +633,9 @@ def _contradiction(one: _Claims, other: _Claims) -> tuple[str, str] | None:
     return None
 
 
-def _said(gloss: tuple[str, ...], others: Sequence[tuple[str, ...]]) -> bool:
-    """Whether one of ``others`` has the words of ``gloss``, or the other way round."""
-    return any(set(gloss) <= set(other) or set(other) <= set(gloss) for other in others)
+def _alike(gloss: tuple[str, ...], other: tuple[str, ...]) -> bool:
+    """Whether one gloss has all words of the other: *gather* and *gather something*."""
+    return set(gloss) <= set(other) or set(other) <= set(gloss)
 
 
 def _contradictions(rows: Sequence["Row"], questions: Iterable[list[int]], answer_keys: list[bytes]) -> _Found:
@@ -658,11 +671,11 @@ def _near_duplicates(
 ) -> tuple[_Found, list[int]]:
     """The near duplicates, and the sizes of the clusters that they form with the rows that they are like."""
     found = _Found()
-    compared = _Cache(lambda index: _Compared.of(rows[index]))
+    compared = lru_cache(maxsize=4000)(lambda index: _Compared.of(rows[index]))
     leader: dict[int, int] = {}
     for index, earlier_rows in candidates:
         for earlier in earlier_rows:
-            similarity = _similarity(compared[index], compared[earlier], threshold)
+            similarity = _similarity(compared(index), compared(earlier), threshold)
             if similarity:
                 found.details[index] = f"{similarity:.2f} like {rows[earlier].id}"
                 leader[index] = leader.get(earlier, earlier)
@@ -710,6 +723,8 @@ def find(rows: Sequence["Row"], *, threshold: float = 0.8, seed: int = 0) -> Sec
         if first != index:
             exact.details[index] = f"same as {rows[first].id}"
             distinct[index] = False
+        elif not (texts.prompt.strip() or texts.answer.strip()):
+            distinct[index] = False  # nothing to compare
 
         forms = _row_forms(row)
         in_answer, in_prompt = _present(forms, texts.answer), set(_present(forms, texts.prompt))
