@@ -89,7 +89,7 @@ def main(argv: list[str] | None = None) -> int:
 
     # 2. What is in them, and what is wrong with them.
     from stoney_rl import lexicon
-    from stoney_rl.inspection import coverage, lengths, orthography, repeats, report, schema, splits
+    from stoney_rl.inspection import coverage, lengths, meanings, orthography, repeats, report, schema, splits
     from stoney_rl.text import fold
 
     tokenizer, why_not = load_tokenizer(tokenizer_source)
@@ -99,7 +99,7 @@ def main(argv: list[str] | None = None) -> int:
         step("repeats", lambda: repeats.find(rows, threshold=args.near_duplicate_threshold, seed=args.seed)),
         step("lengths", lambda: lengths.find(rows, args.max_length, tokenizer, why_not)),
         step("orthography", lambda: orthography.find(rowset, rows)),
-        step("glosses", lambda: lexicon.section(entries, rows)),
+        step("meanings", lambda: meanings.find(entries, rows)),
         step("coverage", lambda: coverage.find({fold(entry.form): entry.count for entry in entries})),
     ]
 

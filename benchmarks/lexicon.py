@@ -31,7 +31,7 @@ if not __package__:  # run as a script: its own folder would hide the package `e
 from benchmarks import measure
 from stoney_rl import checkpoints, cli
 from stoney_rl.errors import StoneyError
-from stoney_rl.lexicon import RowFacts, content_words, extract_facts, normalize_pos
+from stoney_rl.glosses import RowFacts, content_words, extract_facts, normalize_pos
 from stoney_rl.text import fold
 
 RESAMPLES = 2000

@@ -635,7 +635,7 @@ def _download(hub_id: str, revision: str | None) -> _Download:
     """The data files of a dataset repository, in the hub's cache. Raises StoneyError that says what to do.
 
     The files are then read as they are: load_dataset refuses a repository whose files differ in their columns
-    (DatasetGenerationCastError). If the hub can't be reached, or breaks off, a cached copy is used, and a note says so.
+    (DatasetGenerationError, or its DatasetGenerationCastError). If the hub can't be reached, or breaks off, a cached copy is used, and a note says so.
     A hub that falls silent is given up after at most a minute; one from which bytes keep coming is not.
     """
     import difflib

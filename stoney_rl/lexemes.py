@@ -45,6 +45,7 @@ _QUOTED = re.compile(
 _MARK = re.compile("[`\"“']")
 _TOKEN = re.compile(r"-?[^\W\d_]+[\u0300-\u036f]*(?:['\-]?[^\W\d_]+[\u0300-\u036f]*)*-?")
 _PART = re.compile(r"[^/()\[\]+]+")
+_BETWEEN_PARTS = re.compile(r"[/()\[\]+]")
 _EDGES = " \t.,;:!?…*_~<>\"'`“”"
 
 # Words that make an unmarked phrase English.
@@ -76,6 +77,9 @@ _ENGLISH_PIECES = frozenset(
 )
 
 
+_folded = cache(fold)  # for tokens and forms, which come again and again
+
+
 @cache
 def _word_list() -> frozenset[str]:
     try:
@@ -105,7 +109,7 @@ def _is_marked(text: str) -> bool:
 @cache
 def is_listed_english(word: str) -> bool:
     """Whether ``word`` is English by the word list alone (what ``extract_lexemes`` uses when it is given no test)."""
-    return not (_is_marked(word) or word.startswith("-") or word.endswith("-")) and _listed(fold(word))
+    return not (_is_marked(word) or word.startswith("-") or word.endswith("-")) and _listed(_folded(word))
 
 
 @lru_cache(maxsize=1 << 14)
@@ -142,12 +146,9 @@ def _blank(text: str, spans: list[tuple[int, int]]) -> str:
     return "".join([*pieces, text[at:]])
 
 
-_fold_token = cache(fold)
-
-
 @cache
 def _key(word: str) -> str:
-    return fold(word).removesuffix("'s")
+    return _folded(word).removesuffix("'s")
 
 
 @lru_cache(maxsize=1 << 15)
@@ -189,8 +190,9 @@ def _runs(text: str, offset: int, is_english: IsEnglish) -> list[tuple[int, int]
 def _forms_in_span(text: str, start: int, end: int, is_english: IsEnglish) -> list[tuple[int, int]]:
     """(start, end) of the forms inside one quoted span: the whole of it, pieces of it, or nothing."""
     found = []
-    for match in _PART.finditer(text, start, end):
-        part, (at, to) = match.group(), match.span()
+    whole = not _BETWEEN_PARTS.search(text, start, end)
+    for at, to in [(start, end)] if whole else [match.span() for match in _PART.finditer(text, start, end)]:
+        part = text[at:to]
         tokens = _tokens(part)
         english = [token for token in tokens if _is_function_word(token) or is_english(token)]
         if _is_marked(part):
@@ -218,7 +220,7 @@ def _forms(text: str, is_english: IsEnglish) -> tuple[list[str], set[str]]:
         piece = form.startswith("-") or (
             form.endswith("-")
             and bool(
-                fold(form) in _ENGLISH_PIECES
+                _folded(form) in _ENGLISH_PIECES
                 or _PIECE_BEFORE.search(text[max(0, start - 60) : start])
                 or _PIECE_AFTER.search(text[end : end + 40])
                 or (last_is_piece and start - last_end < 20 and _LIST_GLUE.match(text[last_end:start]))
@@ -226,7 +228,7 @@ def _forms(text: str, is_english: IsEnglish) -> tuple[list[str], set[str]]:
         )
         forms.append(form)
         if piece:
-            pieces.add(fold(form))
+            pieces.add(_folded(form))
         last_end, last_is_piece = end, piece
     return forms, pieces
 
@@ -243,10 +245,10 @@ def extract_lexemes(question: str, answer: str, is_english: IsEnglish | None = N
         forms += more
         pieces |= called_pieces
     lexemes: dict[str, str] = {}
-    for form in forms:
+    for form in dict.fromkeys(forms):
         bare = form.strip("-" + _EDGES)
-        if len(bare) > 1 and _TOKEN.search(bare) and not (pieces and fold(form) in pieces):
-            lexemes.setdefault(fold(bare), bare)
+        if len(bare) > 1 and _TOKEN.search(bare) and not (pieces and _folded(form) in pieces):
+            lexemes.setdefault(_folded(bare), bare)
     return list(lexemes.values())
 
 
@@ -269,12 +271,12 @@ def english_test(texts: Iterable[str]) -> IsEnglish:
         for start, end in spans:
             tokens = _tokens(text[start:end])
             if len(tokens) == 1:
-                single.add(_fold_token(tokens[0]))
+                single.add(_folded(tokens[0]))
             elif _is_marked(text[start:end]) and not any(map(_is_function_word, tokens)):
-                inside.update(map(_fold_token, tokens))
+                inside.update(map(_folded, tokens))
         runs = _runs(outside, 0, is_listed_english)
         for start, end in runs:
-            inside.update(map(_fold_token, _tokens(outside[start:end])))
+            inside.update(map(_folded, _tokens(outside[start:end])))
         prose.update({key for piece in set(_blank(outside, runs).split()) for key in _keys(piece)})
         in_forms.update(inside)
         alone.update(single)
@@ -292,7 +294,7 @@ def english_test(texts: Iterable[str]) -> IsEnglish:
 
 
 def _joined(messages: Iterable[dict]) -> str:
-    return "\n".join(str(message["content"]) for message in messages)
+    return "\n".join([str(message["content"]) for message in messages])
 
 
 def annotate(rows: list["Row"]) -> list["Row"]:

@@ -206,7 +206,7 @@ def serve(repositories: dict[str, dict[str, bytes]]) -> Iterator[Hub]:
 _CODE = """
 import json, sys, time
 from stoney_rl import data
-data.HUB_TIMEOUT = 1.0
+data.HUB_TIMEOUT, data.HUB_TRIES = 1.0, 2
 for call in json.loads(sys.argv[1]):
     start = time.monotonic()
     try:
@@ -237,7 +237,7 @@ def environment(home: Path, endpoint: str, **env: str) -> dict[str, str]:
 def load_in_process(home: Path, endpoint: str, *calls: dict, **env: str) -> list[dict]:
     """What each ``load_rows(**call)`` gives in a process whose hub is ``endpoint`` and whose cache is ``home``.
 
-    A process of its own, since huggingface_hub reads its environment when it is imported. Its patience is one second.
+    A process of its own, since huggingface_hub reads its environment when it is imported. Its patience is one second, twice.
     """
     done = subprocess.run(
         [sys.executable, "-c", _CODE, json.dumps(calls)],

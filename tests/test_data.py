@@ -3,11 +3,8 @@ import json
 import os
 import subprocess
 import sys
-import threading
 import zipfile
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
 
 import pytest
 
@@ -147,6 +144,37 @@ def test_contents_and_lexemes_are_normalised(tmp_path):
     assert row.question == "nâzude's\nṯ?"
     assert row.answer == "x"
     assert row.lexemes == ["ẖa"]
+
+
+def test_what_normalising_repairs_is_noted(tmp_path):
+    path = write(
+        tmp_path / "rows.jsonl",
+        {**QA, "id": "regular", "note": "it\u2019s\r"},  # metadata is left as it is
+        {"question": " Q? ", "answer": "na\u0302zude", "id": "x"},
+        {**QA, "id": "x", "answer": "it\u2019s\u200b it"},
+        {"prompt": [turn("system", "a\rb"), turn("user", "Q?")], "completion": [turn("assistant", "A.")], "id": "s"},
+        {"instruction": "Say.", "input": "a\u00adb", "output": "A.", "id": "i"},
+        {**QA, "lexemes": ["ba", "dada\u02bcs"], "id": "l"},
+        {"question": "it\u2019s", "answer": "", "id": "quarantined"},
+    )
+    rowset = load_rows(path)
+    assert rowset.irregular == {
+        "x": ("not NFC",),
+        "x#2": ("apostrophe U+2019", "invisible U+200B"),
+        "s": ("line end",),
+        "i": ("invisible U+00AD",),
+        "l": ("apostrophe U+02BC",),
+    }
+    again = load_rows(write_jsonl(tmp_path / "own" / "again.jsonl", rowset.rows))
+    assert again.rows == rowset.rows and again.irregular == {}
+
+
+def test_the_line_ends_of_a_csv_file_are_not_those_of_its_rows(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_bytes(b'question,answer\r\n"One\r\nand two?",It\xe2\x80\x99s.\r\n"Q?",A.\r\n')
+    rowset = load_rows(path)
+    assert [row.question for row in rowset.rows] == ["One\nand two?", "Q?"]
+    assert rowset.irregular == {"rows.csv:2": ("apostrophe U+2019",)}
 
 
 def test_ids(tmp_path):
@@ -398,207 +426,6 @@ def test_import_loads_nothing_heavy():
         "if m in sys.modules])"
     )
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True).stdout == "[]\n"
-
-
-# The hub. The tests' own server stands in for it; huggingface_hub reads HF_ENDPOINT and HF_HOME at import, so each
-# load runs in a process of its own.
-
-SHA = "0123456789abcdef0123456789abcdef01234567"
-REPOSITORIES = {
-    "owner/mixed": {
-        "README.md": b"# rows",
-        "qa.jsonl": b'{"question": "Q1", "answer": "A1", "pair_id": 1}\n{"question": 1, "answer": "x"}\n',
-        "data/test-00000-of-00001.json": b'[{"messages": [{"role": "user", "content": "Q2"}, '
-        b'{"role": "assistant", "content": "A2"}]}]',
-    },
-    "owner/terms": {"rows.jsonl": b"{}"},
-    "owner/nothing": {"README.md": b"# no rows"},
-}
-
-
-class Hub(BaseHTTPRequestHandler):
-    """The four addresses of the hub that a download needs, as huggingface_hub 2 asks for them."""
-
-    def log_message(self, *_):
-        pass
-
-    def do_HEAD(self):
-        self.do_GET()
-
-    def reply(self, status: int, body: bytes = b"", **headers: str):
-        self.send_response(status)
-        for key, value in headers.items():
-            self.send_header(key.replace("_", "-"), value)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(body)
-
-    def do_GET(self):
-        self.server.asked.append(self.path)
-        parts = unquote(urlsplit(self.path).path).strip("/").split("/")
-        if parts[0] == "api":
-            parts = parts[1:]
-        name, rest = "/".join(parts[1:3]), parts[3:]
-        files = REPOSITORIES.get(name)
-        if name == "owner/down":
-            return self.reply(503)
-        if name == "owner/closed":
-            return self.reply(401, X_Error_Code="GatedRepo", X_Error_Message="Access is restricted.")
-        if files is None:
-            return self.reply(404, X_Error_Code="RepoNotFound", X_Error_Message="Repository not found")
-        if rest[:1] == ["revision"] and rest[1] not in ("main", SHA):
-            return self.reply(404, X_Error_Code="RevisionNotFound", X_Error_Message="Invalid rev id")
-        if rest[:1] == ["tree"]:
-            entries = [
-                {"type": "file", "path": path, "size": len(data), "oid": f"{len(data):040d}"}
-                for path, data in files.items()
-            ]
-            return self.reply(200, json.dumps(entries).encode(), Content_Type="application/json")
-        if rest[:1] == ["resolve"]:
-            if name == "owner/terms":
-                return self.reply(403, X_Error_Code="GatedRepo", X_Error_Message="Access is restricted.")
-            data = files["/".join(rest[2:])]
-            return self.reply(200, data, X_Repo_Commit=SHA, ETag=f'"{len(data):040d}"')
-        siblings = [{"rfilename": path} for path in files]
-        info = {"id": name, "sha": SHA, "siblings": siblings, "private": False, "gated": False, "tags": []}
-        return self.reply(200, json.dumps(info).encode(), Content_Type="application/json")
-
-
-@pytest.fixture(scope="module")
-def hub():
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    server.asked = []
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    yield server
-    server.shutdown()
-    server.server_close()
-
-
-def load_in_process(home: Path, endpoint: str, *calls: dict, **env: str) -> list[dict]:
-    """What each ``load_rows(**call)`` gives in a process whose hub is ``endpoint`` and whose cache is ``home``."""
-    code = """
-import dataclasses, json, sys, time
-from stoney_rl import data
-data.HUB_TIMEOUT = 1.0
-for call in json.loads(sys.argv[1]):
-    start = time.monotonic()
-    try:
-        rowset = data.load_rows(**call)
-        found = {"questions": [row.question for row in rowset.rows], "sources": [row.source for row in rowset.rows],
-                 "bad": [bad.line for bad in rowset.quarantine], "revision": rowset.revision, "notes": rowset.notes}
-    except data.StoneyError as error:
-        found = {"error": str(error)}
-    print(json.dumps({**found, "seconds": time.monotonic() - start}))
-"""
-    kept = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING", "TRANSFORMERS_"))}
-    kept = {key: value for key, value in kept.items() if not key.lower().endswith("_proxy")}
-    done = subprocess.run(
-        [sys.executable, "-c", code, json.dumps(calls)],
-        cwd=ROOT,
-        env={**kept, "HF_ENDPOINT": endpoint, "HF_HOME": str(home), "HF_HUB_DISABLE_TELEMETRY": "1", **env},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
-    results = [json.loads(line) for line in done.stdout.splitlines()]
-    for result in results:
-        result["stderr"] = done.stderr
-    return results
-
-
-def test_hub_download_and_cache(tmp_path, hub):
-    endpoint = f"http://127.0.0.1:{hub.server_port}"
-    everything, by_revision, split, address = load_in_process(
-        tmp_path,
-        endpoint,
-        {"source": "owner/mixed"},
-        {"source": "owner/mixed", "revision": SHA},
-        {"source": "owner/mixed", "split": "test"},
-        {"source": "https://huggingface.co/datasets/owner/mixed"},
-    )
-    assert everything["questions"] == ["Q2", "Q1"]
-    assert everything["sources"] == ["data/test-00000-of-00001.json:1", "qa.jsonl:1"]
-    assert everything["bad"] == [2]
-    assert everything["revision"] == SHA
-    assert everything["notes"] == []
-    assert by_revision["questions"] == address["questions"] == everything["questions"]
-    assert split["questions"] == ["Q2"]
-    assert not any("README" in path for path in hub.asked)
-
-    # Without the hub, the cached copy is used and said to be one.
-    gone = "http://127.0.0.1:9"
-    cached, other = load_in_process(tmp_path, gone, {"source": "owner/mixed"}, {"source": "owner/other"})
-    assert cached["questions"] == ["Q2", "Q1"]
-    assert cached["notes"] == [f"owner/mixed: the hub can't be reached; this is the cached copy of commit {SHA[:12]}."]
-    assert cached["notes"][0][:-1] in cached["stderr"]
-    assert "owner/other: the hub can't be reached, and there is no cached copy; try again" in other["error"]
-    assert max(cached["seconds"], other["seconds"]) < 10
-
-    (offline,) = load_in_process(tmp_path, endpoint, {"source": "owner/mixed"}, HF_HUB_OFFLINE="1")
-    assert offline["questions"] == ["Q2", "Q1"]
-    assert "HF_HUB_OFFLINE is set; this is the cached copy" in offline["notes"][0]
-
-    # A cached copy that lacks a file is not passed off as the data.
-    next(tmp_path.rglob("qa.jsonl")).unlink()
-    (partial,) = load_in_process(tmp_path, gone, {"source": "owner/mixed"})
-    assert "the cached copy lacks some of its files" in partial["error"]
-
-
-def test_hub_refusals(tmp_path, hub):
-    closed, terms, missing, near, revision, nothing, down, odd = load_in_process(
-        tmp_path,
-        f"http://127.0.0.1:{hub.server_port}",
-        {"source": "owner/closed"},
-        {"source": "owner/terms"},
-        {"source": "owner/missing"},
-        {"source": "HarleyCooper/synthetic_stony_data"},
-        {"source": "owner/mixed", "revision": "v9"},
-        {"source": "owner/nothing"},
-        {"source": "owner/down"},
-        {"source": "owner/a--b"},
-    )
-    for gated, name in ((closed, "owner/closed"), (terms, "owner/terms")):
-        assert gated["error"].startswith(f"{name} is gated: accept its terms at https://huggingface.co/datasets/{name}")
-        assert "hf auth login" in gated["error"]
-    assert missing["error"].startswith(
-        "owner/missing is not on the Hugging Face hub, or is private: check the spelling;"
-    )
-    assert "near it: HarleyCooper/synthetic_stoney_data" in near["error"]
-    assert revision["error"].startswith("owner/mixed has no revision 'v9'")
-    assert nothing["error"].startswith("owner/nothing holds no data file")
-    assert "the hub answered with status 503, and there is no cached copy" in down["error"]
-    assert odd["error"].startswith("owner/a--b is neither a local path nor a valid hub id")
-    assert all(result["seconds"] < 20 and "\n" not in result["error"] for result in (closed, missing, down))
-
-
-def test_a_hub_that_never_answers_is_given_up(tmp_path):
-    import socket
-
-    with socket.create_server(("127.0.0.1", 0)) as silent:
-        (result,) = load_in_process(tmp_path, f"http://127.0.0.1:{silent.getsockname()[1]}", {"source": "owner/name"})
-    assert "owner/name: the hub did not answer within 1 seconds, and there is no cached copy" in result["error"]
-    assert result["seconds"] < 10
-
-
-def test_a_mistyped_local_path_that_looks_like_a_hub_id(tmp_path, hub):
-    write(tmp_path / "data" / "stoney.jsonl", QA)
-    code = "from stoney_rl.data import load_rows\ntry:\n load_rows('data/stoney')\nexcept Exception as e: print(e)"
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=tmp_path,
-        env={
-            **os.environ,
-            "PYTHONPATH": str(ROOT),
-            "HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}",
-            "HF_HOME": str(tmp_path / "home"),
-        },
-        capture_output=True,
-        text=True,
-    )
-    assert "nor is there a local file or folder of that name; near it: stoney.jsonl" in done.stdout
 
 
 @pytest.mark.real_data

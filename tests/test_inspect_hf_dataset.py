@@ -13,7 +13,8 @@ from stoney_rl.errors import StoneyError
 from stoney_rl.planted import PlantedLanguage
 from stoney_rl.planted_prose import prose_rows
 
-QUIET = ["--wandb_mode", "disabled"]
+MAX_LENGTH = 250  # tokens, which are bytes here: some rows are longer
+QUIET = ["--wandb_mode", "disabled", "--max_length", str(MAX_LENGTH)]
 ROWS = 240
 HINTED = 17  # gives its answer away
 LEAK = "question_gives_answer"
@@ -21,7 +22,7 @@ LEAK = "question_gives_answer"
 
 def records() -> list[dict]:
     """Clean prose rows, then one fault of each of a few kinds at known lines."""
-    rows, stated = prose_rows(PlantedLanguage(3, 80), ROWS, 3)
+    rows, _ = prose_rows(PlantedLanguage(3, 80), ROWS, 3)
     found = [{"question": row.question, "answer": row.answer, "pair_id": n} for n, row in enumerate(rows)]
     found[HINTED]["question"] += f" Answer with these words: {found[HINTED]['answer']}"
     found.append(found[4] | {"pair_id": ROWS})  # an exact copy
@@ -72,7 +73,6 @@ def test_the_planted_faults_are_found_and_nothing_else(inspected):
     assert found[LEAK] == [f"rows-{HINTED}"]
     assert len(found["not_nfc"]) == 1
     failures = {entry["kind"] for entry in report_of(inspected)["findings"] if entry["severity"] == "failure"}
-    # The tiny tokenizer has a token for each byte, so many rows are longer than 512.
     assert failures == {"exact_duplicates", LEAK, "quarantined_rows", "cut_answers"}
     quarantine = [json.loads(line) for line in (inspected / "quarantine.jsonl").read_text().splitlines()]
     assert [(bad["source"], bad["line"]) for bad in quarantine] == [("rows.jsonl", ROWS + 2)]
@@ -85,7 +85,7 @@ def test_token_counts_are_those_of_the_bytes(inspected, source):
     texts = [len(row.question.encode()) + len(row.answer.encode()) for row in rows]
     # <|im_start|>user\n ... <|im_end|>\n<|im_start|>assistant\n ... <|im_end|>: four special tokens, 5 + 1 + 10 bytes.
     assert lengths["tokens"]["total"] == sum(texts) + len(rows) * (4 + 5 + 1 + 10)
-    assert lengths["tokens"]["rows_cut"] == sum(text + 20 > 512 for text in texts)
+    assert lengths["tokens"]["rows_cut"] == sum(text + 20 > MAX_LENGTH for text in texts)
     assert lengths["answer"]["bytes"]["percentiles"]["100"] == max(len(row.answer.encode()) for row in rows)
     assert lengths["letters_split"].get("ẖ") == 3
 

@@ -113,23 +113,24 @@ def test_without_a_tokenizer_only_tokens_are_missing():
 
 
 def test_what_a_part_of_the_split_misses():
-    rows = PlantedLanguage(1, 40).rows(rules_per_lexeme=2, templates_per_fact=1)
+    rows = PlantedLanguage(1, 120).rows(rules_per_lexeme=2, templates_per_fact=1)
     split = split_rows(rows, seed=1)
-    only = next(iter(split.test))
-    changed = [
-        Row(item.id, item.source, item.prompt, item.completion, item.lexemes, item.metadata | {"level": "rare"})
-        if item.id == only.id
-        else item
-        for item in rows
-    ]
-    split = split_rows(changed, seed=1)
-    section = splits.find(split, changed, {item.lexemes[0]: "verb" for item in changed if item.id != only.id})
+    test = {item.id for item in split.test}
+    # A kind that half of the rows have, all of them outside test; one that no training row has; one too rare to expect.
+    train = [item.id for item in split.train]
+    for item in rows:
+        common = item.id not in test and int(item.id.split("-")[2]) % 2
+        item.metadata["level"] = "common" if common else "held" if item.id not in train else "other"
+    rare = next(item for item in split.train if item.metadata["level"] == "other")
+    rare.metadata["level"] = "rare"
+    section = splits.find(split, rows, {})
     parts = section.figures["parts"]
-    assert "level=rare" not in parts["test"]["misses"]["kinds"]  # one value only: it sorts nothing
+    assert parts["test"]["misses"]["kinds"] == ["level=common", "level=other"]
+    assert parts["train"]["misses"]["kinds"] == ["level=held"]
     assert sum(part["rows"] for part in parts.values()) + section.figures["dropped"] == len(rows)
     assert parts["train"]["unseen"] == parts["train"]["seen"] == 0
-    initials = {name: {lexeme[0] for item in getattr(split, name) for lexeme in item.lexemes} for name in parts}
-    for name in parts:
-        assert set(parts[name]["misses"]["initials"]) == {i[0] for item in rows for i in item.lexemes} - initials[name]
+    in_training = {lexeme[0] for item in split.train for lexeme in item.lexemes}
+    whole = {lexeme[0] for item in rows for lexeme in item.lexemes}
+    assert parts["train"]["misses"]["initials"] == sorted(whole - in_training)
     small = next(finding for finding in section.findings if finding.kind == "small_test_split")
     assert small.count == parts["test"]["unseen"] < splits.MIN_UNSEEN

@@ -12,18 +12,10 @@ import pytest
 
 from stoney_rl.data import Row, load_rows
 from stoney_rl.errors import StoneyError
+from stoney_rl.glosses import content_words, extract_facts
+from stoney_rl.inspection.meanings import conflicting_entries, find, have_conflict
 from stoney_rl.lexemes import annotate
-from stoney_rl.lexicon import (
-    LexiconEntry,
-    build_lexicon,
-    conflicting_entries,
-    content_words,
-    extract_facts,
-    have_conflict,
-    read_lexicon,
-    section,
-    write_lexicon,
-)
+from stoney_rl.lexicon import LexiconEntry, build_lexicon, read_lexicon, write_lexicon
 from stoney_rl.planted import PlantedLanguage
 from stoney_rl.text import fold
 
@@ -249,7 +241,7 @@ def test_section():
         LexiconEntry("tâlo", (("to gather", 2), ("gathering", 1)), (("verb", 1), ("adverb", 1)), 3, ("a:1", "a:2", "a:3")),
     ]  # fmt: skip
     rows = [row("q", "a", source=f"a:{number}") for number in range(1, 6)]
-    found = section(entries, rows)
+    found = find(entries, rows)
     assert found.name == "lexicon"
     assert found.figures == {
         "forms": 3,
@@ -270,7 +262,7 @@ def test_section():
     assert finding.examples == ({"form": "lôva", "glosses": "rain; a basket", "sources": "a:1, a:2"},)
     assert conflicting_entries(entries) == entries[:1]
     json.dumps(found.figures)
-    assert section([], []).findings == [] and section([], []).figures["forms"] == 0
+    assert find([], []).findings == [] and find([], []).figures["forms"] == 0
 
 
 def test_the_order_of_hashes_does_not_matter():
@@ -379,7 +371,7 @@ def test_benchmark_refuses(tmp_path):
 def test_real_rows(tmp_path):
     rows = annotate(load_rows(REAL_DATA).rows)
     entries = build_lexicon(rows)
-    figures = section(entries, rows).figures
+    figures = find(entries, rows).figures
     assert figures["with_gloss"] > 0.8 * figures["forms"]
     assert figures["rows_with_form"] > 0.97 * len(rows)
     keys = [fold(entry.form) for entry in entries]

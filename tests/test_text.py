@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stoney_rl.text import APOSTROPHES, fold, normalize, words
+from stoney_rl.text import APOSTROPHES, fold, irregularities, normalize, words
 
 # The letters of the orthography that ASCII folding would destroy, composed: â î û ḵ ẖ ṯ ĝ ǧ.
 LETTERS = "\u00e2\u00ee\u00fb\u1e35\u1e96\u1e6f\u011d\u01e7"
@@ -50,6 +50,31 @@ def test_normalize_is_idempotent_and_nfc(text):
     once = normalize(text)
     assert normalize(once) == once
     assert unicodedata.is_normalized("NFC", once)
+
+
+@pytest.mark.parametrize(
+    ("text", "kinds"),
+    [
+        ("", set()),
+        ('  It\'s "t\u00e2lo",\n\tand `lu\u1e96e`. \n', set()),
+        ("q\u0331a", set()),  # NFC has no composed letter for it
+        ("t\u00e2lo ta\u0302lo", {"not NFC"}),
+        ("it\u2019s \u2018ba\u2019", {"apostrophe U+2018", "apostrophe U+2019"}),
+        ("it\u1ffds", {"not NFC"}),  # U+00B4, twice removed
+        ("b\u200ba\u00ad\u200b", {"invisible U+200B", "invisible U+00AD"}),
+        ("\ufeffba", {"invisible U+FEFF"}),
+        ("a\r\nb", {"line end"}),
+        ("a\rb\x1b", {"line end", "invisible U+001B"}),
+    ],
+)
+def test_irregularities(text, kinds):
+    assert irregularities(text) == kinds
+
+
+@given(st.text())
+def test_text_is_regular_if_normalising_only_strips_it(text):
+    assert not irregularities(normalize(text))
+    assert bool(irregularities(text)) == (normalize(text) != text.strip())
 
 
 @pytest.mark.parametrize(

@@ -138,7 +138,7 @@ def _letters(figure, summary: dict) -> bool:
     panel = figure.subplots()
     initial, inside = (sum(letter[key] for letter in letters) or 1 for key in ("initial", "inside"))
     places = range(len(letters))
-    flagged = {letter["letter"] for letter in letters if letter["verdict"] == "gap"}
+    flagged = {letter["letter"] for letter in letters if letter["verdict"].startswith("gap")}
     first = [100 * letter["initial"] / initial for letter in letters]
     within = [100 * letter["inside"] / inside for letter in letters]
     panel.bar([at - 0.2 for at in places], first, 0.4, color=BLUE, label="begins a word")

@@ -7,9 +7,11 @@ from pathlib import Path
 
 from stoney_rl import checkpoints, terminal
 from stoney_rl.data import Quarantined, Row, RowSet, dataset_sha256, write_quarantine
+from stoney_rl.inspection.coverage import FINE, GAP, GAP_ELSEWHERE, RARE, UNTESTED
 from stoney_rl.inspection.findings import FAILURE, NOTE, Section
 from stoney_rl.lexicon import LexiconEntry, write_lexicon
 
+VERDICTS = (GAP_ELSEWHERE, GAP, RARE, FINE, UNTESTED)
 FINDINGS_FILE, LEXICON_FILE = "findings.jsonl", "lexicon.jsonl"
 TABLE_ROWS = 10  # lexicon entries in the terminal
 TRACKED_ROWS = 2000  # lexicon entries in a W&B table
@@ -140,7 +142,30 @@ def sentences(summary: dict) -> dict[str, list[str]]:
         f"{lexicon['forms']:,} forms, {lexicon['with_gloss']:,} with a gloss, {lexicon['with_pos']:,} with a part of speech; "
         f"{lexicon['hapax']:,} are mentioned in one row only."
     ]
-    said["coverage"] = coverage["sentences"]
+    letters_of = {
+        verdict: [row["letter"] for row in coverage["letters"] if row["verdict"] == verdict] for verdict in VERDICTS
+    }
+    gaps, rare = letters_of[GAP] + letters_of[GAP_ELSEWHERE], letters_of[RARE]
+    hidden = [row["letter"] for row in coverage["letters"] if row["initial"] and not row["noticeable"]]
+    tested = sum(row["verdict"] != UNTESTED for row in coverage["letters"])
+    said["coverage"] = [
+        f"{coverage['first_words']:,} distinct first words, {tested} letters tested; "
+        + (
+            f"begin no word although they should: {' '.join(gaps)}"
+            if gaps
+            else "no letter is missing at the beginning of words"
+        )
+        + (f"; rare there: {' '.join(rare)}." if rare else "."),
+    ]
+    if hidden:
+        said["coverage"].append(
+            f"So few words begin with these letters that leaving them out would not show: {' '.join(hidden)}."
+        )
+    if coverage["good_turing_new_mentions"] is not None:
+        said["coverage"].append(
+            f"{coverage['forms_in_one_row_share']:.0%} of the forms are in one row only; of the forms that fresh rows mention, "
+            f"at least {coverage['good_turing_new_mentions']:.0%} would be new (Good-Turing)."
+        )
     if certificate := split["certificate"]:
         zero = not any(certificate["overlaps"].values())
         said["split"] = [

@@ -12,6 +12,8 @@ from stoney_rl.text import fold
 MAX_KINDS = 20
 # Fewer unseen test rows than this can't show a difference of 10 points: the 95 % interval of a share is wider.
 MIN_UNSEEN = 100
+# A part of which at least this many are expected lacks them by chance in fewer than 5 % of splits (Poisson, e^-3).
+MIN_EXPECTED = 3
 
 
 def find(split: Split, rows: Sequence[Row], pos_of: Mapping[str, str]) -> Section:
@@ -19,6 +21,7 @@ def find(split: Split, rows: Sequence[Row], pos_of: Mapping[str, str]) -> Sectio
 
     figures["parts"]: for train, validation and test: rows, forms, and what is in the whole but not in the part:
     ``letters`` (of forms), ``initials`` (letters that begin a word), ``parts_of_speech``, ``kinds`` ("column=value").
+    Of validation and test, only what is missing in spite of an expected count of ``MIN_EXPECTED`` in the part.
     """
     certificate = split.certificate
     whole = _traits(rows, pos_of)
@@ -35,7 +38,14 @@ def find(split: Split, rows: Sequence[Row], pos_of: Mapping[str, str]) -> Sectio
             "unseen": len(unseen),
             "forms": len({fold(form) for row in part for form in row.lexemes}),
             "answer_characters": round(sum(len(row.answer) for row in part) / len(part), 1) if part else None,
-            "misses": {key: sorted(set(whole[key]) - set(has[key])) for key in whole},
+            "misses": {
+                key: sorted(
+                    trait
+                    for trait, count in whole[key].items()
+                    if trait not in has[key] and (name == "train" or count * len(part) >= MIN_EXPECTED * len(rows))
+                )
+                for key in whole
+            },
         }
     figures = {"certificate": certificate, "parts": parts, "dropped": len(split.dropped)}
     findings = []
