@@ -6,8 +6,12 @@ The rows are English prose about the planted (invented) language, clean by const
 put into --share of them, the records are written to a file and read as a stage reads them, and the sections of
 `stoney_rl.inspection` look for it. Precision is the share of the rows found that are planted, recall the share of the
 planted rows that are found. For a kind that concerns two rows (duplicates, contradictions) the planted row is the copy;
-a finding that names the copy, its original or both counts once. For `initial_letter_gap` letters are counted, not rows.
-The rows as they are show what each kind finds where nothing was planted.
+a finding that names the copy, its original or both counts once. The rows as they are show what each kind finds where
+nothing was planted.
+
+For `initial_letter_gap` letters are counted, not rows: each letter that begins enough words is left out in turn. A seed
+has about 18 of them, so that one missed letter would be 0.94; --bound holds for all seeds together there, and for the
+worst seed of every other kind. Fewer than about 2000 rows have too few words to tell a gap from chance.
 
 Writes --output, without the text of any row.
 Exit codes: 0 done, 1 a bound is missed (--bound, or a finding in clean rows), 2 bad input, 130 interrupted.
@@ -39,9 +43,9 @@ from stoney_rl.planted_prose import PARTS_OF_SPEECH, prose_rows
 from stoney_rl.text import fold, words
 
 GAP = "initial_letter_gap"
-# Planted once for each of as many letters a seed: one letter alone would make precision and recall 0 or 1.
-LETTERS = 4
-MIN_WORDS = 20  # words that begin with a letter, different ones: leaving out fewer is no gap that anyone could see
+# Different words that begin with a letter, at least, and their share of all words: leaving out fewer is no gap that
+# anyone could see. Vowels begin fewer in the planted language, where they begin adverbs only.
+MIN_WORDS, MIN_SHARE = 20, 0.015
 
 Record = dict[str, str]
 
@@ -66,14 +70,15 @@ def records_of(rows: Sequence[Row]) -> list[Record]:
 def plant(rows: Sequence[Row], kind: str, share: float, seed: int) -> Planted:
     """``rows`` with faults of one ``kind`` in ``share`` of them (at least one), the same for the same seed.
 
-    ``initial_letter_gap`` has no share: every row that mentions a word with the chosen initial is left out.
+    ``initial_letter_gap`` has no share: every row that mentions a word with the initial ``gap_letters(rows)[seed]`` is
+    left out, counted on from the first letter again where ``seed`` is larger.
     Raises ``StoneyError`` for an unknown kind, or if too few rows can have the fault.
     """
     rng = random.Random(f"faults {kind} {seed}")
     rows = lexemes.annotate(list(rows))
     wanted = max(1, round(share * len(rows)))
     if kind == GAP:
-        return _leave_out(rows, rng)
+        return _leave_out(rows, seed)
     if kind in _COPIES:
         return _with_copies(rows, _COPIES[kind](rows, rng), wanted, rng)
     if kind not in _CHANGES:
@@ -121,19 +126,30 @@ def _with_copies(rows: Sequence[Row], change: Change, wanted: int, rng: random.R
     return Planted(with_copies, frozenset(original_of), original_of)
 
 
-def _leave_out(rows: Sequence[Row], rng: random.Random) -> Planted:
-    initials_of = [{word[0] for form in row.lexemes for word in words(fold(form))} for row in rows]
-    different = {word for row in rows for form in row.lexemes for word in words(fold(form))}
+def _words_of(row: Row) -> set[str]:
+    return {word for form in row.lexemes for word in words(fold(form))}
+
+
+def gap_letters(rows: Sequence[Row]) -> list[str]:
+    """The letters, sorted, that begin enough words to be missed, and without which most of the rows are left.
+
+    ``rows`` have their lexemes. Raises ``StoneyError`` if there is no such letter.
+    """
+    words_of = [_words_of(row) for row in rows]
+    different = set().union(*words_of)
     sizes = Counter(word[0] for word in different)
-    letters = [
-        letter
-        for letter in sorted(sizes)
-        if sizes[letter] >= MIN_WORDS and sum(letter in initials for initials in initials_of) < len(rows) / 2
-    ]
+    rows_with = Counter(letter for found in words_of for letter in {word[0] for word in found})
+    least = max(MIN_WORDS, MIN_SHARE * len(different))
+    letters = [letter for letter in sorted(sizes) if sizes[letter] >= least and rows_with[letter] < len(rows) / 2]
     if not letters:
         raise StoneyError(f"faults: no letter begins {MIN_WORDS} different words; give more rows")
-    letter = rng.choice(letters)
-    kept = [row for row, initials in zip(rows, initials_of, strict=True) if letter not in initials]
+    return letters
+
+
+def _leave_out(rows: Sequence[Row], number: int) -> Planted:
+    letters = gap_letters(rows)
+    letter = letters[number % len(letters)]
+    kept = [row for row in rows if not any(word.startswith(letter) for word in _words_of(row))]
     return Planted(records_of(kept), frozenset(letter))
 
 
@@ -480,38 +496,48 @@ def score(planted: Planted, found: set[str]) -> Score:
     return Score(len(planted.truth), len(named), len(right), missed, wrong)
 
 
-def measure(
-    num_rows: int, share: float, seed: int, kinds: Sequence[str] = KINDS
-) -> tuple[dict[str, list[Score]], dict]:
-    """For each kind its scores (one, or one a letter) on prose of the language of that seed, and the number of clean
-    rows (letters) that each kind finds."""
+def measure(num_rows: int, share: float, seed: int, kinds: Sequence[str] = KINDS) -> tuple[dict[str, Score], dict]:
+    """The score of each kind on prose of the language of that seed, and the number of clean rows (letters) that each
+    kind finds."""
     rows, _ = prose_rows(PlantedLanguage(seed, max(40, num_rows // 2)), num_rows, seed)
     rows = lexemes.annotate(rows)
     sections = sorted({section_of(kind) for kind in kinds})
     clean = {kind: len(names) for kind, names in find(records_of(rows), sections).items() if kind in kinds}
-    scores: dict[str, list[Score]] = {}
+    scores = {}
     for kind in kinds:
-        for number in range(LETTERS if kind == GAP else 1):
-            planted = plant(rows, kind, share, LETTERS * seed + number)
-            found = find(planted.records, [section_of(kind)]).get(kind, set())
-            scores.setdefault(kind, []).append(score(planted, found))
+        seeds = range(len(gap_letters(rows))) if kind == GAP else [seed]
+        runs = []
+        for number in seeds:
+            planted = plant(rows, kind, share, number)
+            runs.append(score(planted, find(planted.records, [section_of(kind)]).get(kind, set())))
+        scores[kind] = together(runs)
     return scores, clean
 
 
+def together(runs: Sequence[Score]) -> Score:
+    return Score(
+        *(sum(getattr(run, key) for run in runs) for key in ("planted", "found", "right")),
+        *(tuple(name for run in runs for name in getattr(run, key)) for key in ("missed", "wrong")),
+    )
+
+
 def summarise(scores: dict[str, list[Score]], clean: list[dict], bound: float) -> dict[str, dict]:
-    """One entry a kind over all seeds. ``passed``: worst precision and recall reach ``bound``, and clean rows have none."""
+    """One entry a kind, of its scores for each seed. ``passed``: precision and recall reach ``bound`` in the worst seed
+    (for ``initial_letter_gap``: over all seeds), and nothing is found in clean rows."""
     results = {}
     for kind, runs in scores.items():
         precisions, recalls = [run.precision for run in runs], [run.recall for run in runs]
+        whole = together(runs)
+        decisive = (whole.precision, whole.recall) if kind == GAP else (*precisions, *recalls)
         false_findings = sum(found.get(kind, 0) for found in clean)
         results[kind] = {
-            "planted": sum(run.planted for run in runs),
-            "found": sum(run.found for run in runs),
-            "right": sum(run.right for run in runs),
+            "planted": whole.planted,
+            "found": whole.found,
+            "right": whole.right,
             "precision": {"worst": min(precisions), "mean": statistics.fmean(precisions)},
             "recall": {"worst": min(recalls), "mean": statistics.fmean(recalls)},
             "found_in_clean_rows": false_findings,
-            "passed": min(precisions + recalls) >= bound and not false_findings,
+            "passed": min(decisive) >= bound and not false_findings,
         }
     return results
 
@@ -550,12 +576,9 @@ def main(argv: list[str] | None = None) -> int:
     for seed in tqdm(dict.fromkeys(args.seeds), desc="seeds", unit="seed"):
         of_seed, found = measure(args.num_rows, args.share, seed, args.kinds)
         clean.append(found)
-        for kind, entries in of_seed.items():
-            scores[kind] += entries
-            runs += [
-                {"kind": kind, "seed": seed, "planted": run.planted, "found": run.found, "right": run.right}
-                for run in entries
-            ]
+        for kind, run in of_seed.items():
+            scores[kind].append(run)
+            runs.append({"kind": kind, "seed": seed, "planted": run.planted, "found": run.found, "right": run.right})
     results = summarise(scores, clean, args.bound)
     print(table(results))
     Path(args.output).parent.mkdir(parents=True, exist_ok=True)

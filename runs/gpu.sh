@@ -7,8 +7,11 @@ cd "$(dirname "$0")/.."
 # 1. Does tracking work, before the GPU is paid for? (3: no key, the run is kept offline)
 python wandb_sample.py || [ $? -eq 3 ]
 
-# 2. LoRA SFT -> stoney_lora_ckpt/ (adapter) and stoney_lora_merged/
-python train_lora.py --batch_size 4 --resume
+# 2. What is in the rows and what is wrong with them; the split by lexeme -> prepared/
+python inspect_hf_dataset.py --output_dir prepared
 
-# 3. Base, tuned and a memoriser on held-out rows -> evaluation/
+# 3. LoRA SFT -> stoney_lora_ckpt/ (adapter) and stoney_lora_merged/
+python train_lora.py --dataset prepared --batch_size 4 --resume
+
+# 4. Base, tuned and a memoriser on held-out rows -> evaluation/
 python evaluate_model.py --model_path stoney_lora_merged --baseline base --baseline retrieval --num_samples 400

@@ -164,6 +164,7 @@ def _is_function_word(token: str) -> bool:
 
 def _runs(text: str, offset: int, is_english: IsEnglish) -> list[tuple[int, int]]:
     """(start, end) of the runs of non-English words, one space apart, that hold a marked letter or follow *the word*."""
+
     def is_foreign(token: str) -> bool:
         return _is_marked(token) or not (_is_function_word(token) or is_english(token))
 

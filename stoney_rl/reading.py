@@ -79,7 +79,9 @@ _DECODER = json.JSONDecoder()
 _BLANK = re.compile(r"\s*")
 _BLANK_OR_COMMA = re.compile(r"[\s,]*")
 _FIRST_KEY = re.compile(r'\{\s*"[^"\n]{1,60}"')
-_KNOWN_FIRST_KEY = re.compile(rf'\{{\s*"(?:id|{"|".join(sorted(SCHEMA_KEYS))})"\s*:')
+# Where a row stands: after a comma or bracket, or first on its line. After a colon stands what is inside of a row.
+_BETWEEN = r"(?:(?<=[,\]}])|(?<=[,\]}]\s)|\n[ \t]*)"
+_KNOWN_FIRST_KEY = re.compile(rf'{_BETWEEN}\{{\s*"(?:id|{"|".join(sorted(SCHEMA_KEYS))})"\s*:')
 
 
 @dataclass(slots=True)
@@ -496,12 +498,14 @@ class _JsonText:
         """Where a row after ``position`` seems to begin, or -1.
 
         That is a line that starts as the line at ``position`` or as that of the last good row, or the first key that
-        one of them starts with; where there is none, an object that starts with a known column.
+        one of them starts with; where there is none, and before the first good row, an object that starts with a known
+        column.
         """
         openings = [self._opening_at(position), *([self._opening] if self._opening else [])]
         indents = "|".join(sorted({re.escape(indent) for indent, _ in openings}))
-        keys = sorted({re.escape(key) for _, key in openings if key})
-        found = re.compile("|".join([rf"\n(?:{indents})\{{", *keys])).search(self._text, position + 1)
+        keys = sorted({_BETWEEN + re.escape(key) for _, key in openings if key})
+        known = [] if self._opening else [_KNOWN_FIRST_KEY.pattern]
+        found = re.compile("|".join([rf"\n(?:{indents})\{{", *keys, *known])).search(self._text, position + 1)
         found = found or _KNOWN_FIRST_KEY.search(self._text, position + 1)
         return found.start() if found else -1
 
@@ -559,7 +563,7 @@ class _JsonText:
         text, position, held, split = self._text, start + 1, False, None
         while True:
             try:
-                position = _BLANK_OR_COMMA.match(text, position).end()
+                begin = position = _BLANK_OR_COMMA.match(text, position).end()
                 if text.startswith("}", position):
                     if not held:
                         yield from self.array(start, closed=False)
@@ -567,6 +571,7 @@ class _JsonText:
                     position = _BLANK.match(text, position + 1).end()
                     if position == len(text):
                         return False
+                    begin = position
                     raise ValueError("more text after the object that holds the rows")
                 key, position = self._decode(position)
                 position = _BLANK.match(text, position).end()
@@ -575,14 +580,15 @@ class _JsonText:
                 position = _BLANK.match(text, position + 1).end()
                 rows = key.lower() in _CONTAINER_KEYS and text.startswith("[", position)
                 if not rows:
+                    begin = position
                     _, position = self._decode(position)
                     continue
                 held, split, position = True, SPLIT_WORDS.get(key.lower()), position + 1
             except (ValueError, RecursionError) as error:
                 if not held:
                     return True
-                yield Record(self.line(position), None, text[position : position + 200], _json_problem(error), split)
-                position = self._next_row(position)
+                yield Record(self.line(begin), None, text[begin : begin + 200], _json_problem(error), split)
+                position = begin if text.startswith("{", begin) else self._next_row(begin)
                 if position < 0:
                     return False
             position = yield from self.array(position, split, inside=True)

@@ -29,11 +29,12 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache, cached_property, lru_cache
 from typing import TYPE_CHECKING
 
 from stoney_rl.errors import StoneyError
 from stoney_rl.lexemes import planted_form
-from stoney_rl.text import fold
+from stoney_rl.text import caseless, fold
 
 if TYPE_CHECKING:
     from stoney_rl.data import Row
@@ -75,62 +76,78 @@ def mention_key(form: str) -> str:
     return " ".join(_mention_words(fold(form)))
 
 
+_form_key = cache(mention_key)  # one string for a form in however many rows
+
+
 def row_forms(row: "Row") -> frozenset[str]:
     """The forms that ``row`` is about, as ``mention_key``s: its lexemes, and the form that a planted row asks for."""
     forms = [*row.lexemes, planted_form(row) or ""]
-    return frozenset(key for form in forms if (key := mention_key(str(form))))
+    return frozenset([key for form in forms if (key := _form_key(str(form)))])
 
 
 # A word as text.words has it, but for the hyphen.
-_WORD = re.compile(r"[^\W\d_][\u0300-\u036f]*(?:'?[^\W\d_][\u0300-\u036f]*)*")
-_PUNCTUATION = re.compile(r"[^\w\u0300-\u036f]+")
+_WORD = re.compile(r"[^\W\d_]+[\u0300-\u036f]*(?:'?[^\W\d_]+[\u0300-\u036f]*)*")
+_BETWEEN_PUNCTUATION = re.compile(r"[\w\u0300-\u036f]+")
+
+
+@lru_cache(maxsize=1 << 15)
+def _words_of(piece: str) -> list[str]:
+    return [word.removesuffix("'s") for word in _WORD.findall(piece)]
 
 
 def _mention_words(folded: str) -> list[str]:
-    return [word.removesuffix("'s") for word in _WORD.findall(folded)]
+    # Piece by piece, as white space cuts them: most pieces of a text are those of other texts.
+    return [word for piece in folded.split() for word in _words_of(piece)]
 
 
 def _folded(row: "Row") -> list[str]:
-    """The messages of ``row``, prompt first, each through ``text.fold``."""
-    return [fold(str(message["content"])) for message in [*row.prompt, *row.completion]]
+    """The messages of ``row``, prompt first, without case; white space as it is."""
+    return [caseless(str(message["content"])) for message in [*row.prompt, *row.completion]]
 
 
 def _prompt_key(row: "Row", folded: list[str]) -> str:
     """The same for prompts that differ only in case, white space and punctuation."""
     turns = zip(row.prompt, folded, strict=False)
-    return "\n".join(f"{message['role']} {_PUNCTUATION.sub(' ', text).strip()}" for message, text in turns)
+    return "\n".join([f"{turn['role']} {' '.join(_BETWEEN_PUNCTUATION.findall(text))}" for turn, text in turns])
 
 
 def _draw(seed: int, purpose: str, key: str) -> bytes:
     return hashlib.sha256(f"{seed}\0{purpose}\0{key}".encode()).digest()
 
 
-def _units(rows: Sequence["Row"]) -> list[_Unit]:
-    forms = [row_forms(row) for row in rows]
+def _union(sets: list[frozenset[str]]) -> frozenset[str]:
+    return sets[0].union(*sets[1:]) if len(sets) > 1 else sets[0]
+
+
+def _units(rows: Sequence["Row"], forms: list[frozenset[str]]) -> list[_Unit]:
+    """The units of ``rows``, in order of their first rows. ``forms``: ``row_forms`` of each row."""
+    universe = {form: form for form in frozenset().union(*forms)}
     lengths: dict[str, set[int]] = defaultdict(set)  # first word of a form -> the numbers of words of such forms
-    universe = frozenset().union(*forms)
     for form in universe:
         parts = form.split()
         lengths[parts[0]].add(len(parts))
 
+    def mentioned(text: str) -> list[str]:
+        words = _mention_words(text)
+        starts = [at for at, word in enumerate(words) if word in lengths]
+        candidates = [" ".join(words[at : at + length]) for at in starts for length in lengths[words[at]]]
+        return [universe[candidate] for candidate in candidates if candidate in universe]
+
+    mentioned_by_form = cache(mentioned)  # a form can hold another
     by_prompt: dict[str, list[int]] = defaultdict(list)
-    folded = [_folded(row) for row in rows]
+    mentions: list[frozenset[str]] = []
     for index, row in enumerate(rows):
-        by_prompt[_prompt_key(row, folded[index])].append(index)
+        folded = _folded(row)
+        by_prompt[_prompt_key(row, folded)].append(index)
+        found = forms[index].union(*map(mentioned, folded), *map(mentioned_by_form, forms[index]))
+        mentions.append(forms[index] if len(found) == len(forms[index]) else found)
 
     units = []
     for key, members in by_prompt.items():
-        mentions = set().union(*(forms[index] for index in members))
-        own = frozenset(mentions) if all(forms[index] for index in members) else frozenset()
-        for index in members:
-            for message in [*folded[index], *forms[index]]:  # a form can hold another
-                text = _mention_words(message)
-                for at, word in enumerate(text):
-                    for length in lengths.get(word, ()):
-                        candidate = " ".join(text[at : at + length])
-                        if candidate in universe:
-                            mentions.add(candidate)
-        units.append(_Unit(key, members, own, frozenset(mentions)))
+        own = [forms[index] for index in members]
+        units.append(
+            _Unit(key, members, _union(own) if all(own) else frozenset(), _union([mentions[at] for at in members]))
+        )
     return units
 
 
@@ -177,8 +194,12 @@ class _Assignment:
             for form in unit.mentions:
                 self.mentioned_by[form].append(index)
         self.components = _components(units, self.mentioned_by)
-        self.parts = (_families(units, self.mentioned_by), [unit.forms for unit in units])
         self.held: dict[str, str] = {}  # form -> the split that it is held out for
+
+    @cached_property
+    def parts(self) -> tuple[list[frozenset[str]], list[frozenset[str]]]:
+        """What is held out where whole components do not suffice."""
+        return _families(self.units, self.mentioned_by), [unit.forms for unit in self.units]
 
     def _size(self, indices: Iterable[int]) -> int:
         return sum(len(self.units[index].rows) for index in indices)
@@ -300,7 +321,7 @@ def _check(rows: Sequence["Row"], test: float, validation: float, seen: float) -
         raise StoneyError(
             f"split: {len(twice)} row ids occur more than once, such as {min(twice)!r}; ids must be unique"
         )
-    if not any(row_forms(row) for row in rows):
+    if not any(map(row_forms, rows)):
         raise StoneyError("split: no row has lexemes; run stoney_rl.lexemes.annotate on the rows first")
 
 
@@ -332,7 +353,8 @@ def split_rows(
             "seen": round(validation_fraction * seen_fraction / test_fraction * len(rows)),
         },
     }
-    units = _units(rows)
+    forms = [row_forms(row) for row in rows]
+    units = _units(rows, forms)
     assignment = _Assignment(units, seed)
     for name, wanted in requested.items():
         got = assignment.hold_out_unseen(name, wanted["unseen"]) if wanted["unseen"] else 0
@@ -375,7 +397,7 @@ def split_rows(
                 for name in ("validation", "test")
             },
             "dropped": len(parts["dropped"]),
-            "without_lexemes": sum(not row_forms(row) for row in rows),
+            "without_lexemes": forms.count(frozenset()),
         },
         "lexemes": {
             "all": _count_forms(rows),
@@ -396,42 +418,56 @@ def _count_forms(rows: Iterable["Row"]) -> int:
     return len(frozenset().union(*(row_forms(row) for row in rows)))
 
 
-# The certificate's check: it reads the rows again, by other means than the assignment (plain strings, no word index).
+# The certificate's check: it reads the rows again, by other means than the assignment (plain strings, no index of the rows).
 
 
 _STRAY_MARK = re.compile(r"(^|[^\w\u0300-\u036f]|[\d_])[\u0300-\u036f]+")
 _NO_LETTER = re.compile(r"[^\w'\u0300-\u036f]|[\d_]|''+")
 
 
+@lru_cache(maxsize=1 << 15)
+def _plain_piece(piece: str) -> str:
+    text = _NO_LETTER.sub(" ", _STRAY_MARK.sub(r"\1 ", piece))
+    return " ".join([word for part in text.split() if (word := part.strip("'").removesuffix("'s"))])
+
+
 def _plain(folded: str) -> str:
     """The words of a folded text with one space around each, in the wide reading of the module's docstring."""
-    text = _NO_LETTER.sub(" ", _STRAY_MARK.sub(r"\1 ", folded))
-    return " " + " ".join(word.strip("'").removesuffix("'s") for word in text.split()) + " "
+    return f" {' '.join([text for piece in folded.split() if (text := _plain_piece(piece))])} "
+
+
+@cache
+def _plain_form(form: str) -> str:
+    return _plain(fold(form))
 
 
 def _plain_forms(row: "Row") -> list[str]:
-    forms = (_plain(fold(str(form))) for form in [*row.lexemes, planted_form(row) or ""])
+    forms = [_plain_form(str(form)) for form in [*row.lexemes, planted_form(row) or ""]]
     return [form for form in forms if form.strip()]
 
 
-class _Texts:
-    """Rows as plain strings, and which of them hold a word."""
+class _Reading:
+    """Rows read as plain strings: their ``prompts``, and of ``forms`` those that they mention and the ``words``."""
 
-    def __init__(self, rows: Iterable["Row"]):
-        self.texts: list[str] = []
+    def __init__(self, rows: Iterable["Row"], forms: Iterable[list[str]] = ()):
         self.prompts: set[str] = set()
-        self.holding: dict[str, list[int]] = defaultdict(list)
+        self.words: set[str] = set()
+        self.mentioned: set[str] = set()
+        wanted = set().union(*forms)
+        common = Counter(word for form in wanted for word in form.split())
+        sought: dict[str, list[str]] = defaultdict(list)  # by the word that fewest forms have; what is found goes
+        for form in wanted:
+            sought[min(form.split(), key=common.get)].append(form)
         for row in rows:
             folded = _folded(row)
-            text = "|".join([*map(_plain, folded), *_plain_forms(row)])
-            for word in set(text.replace("|", " ").split()):
-                self.holding[word].append(len(self.texts))
-            self.texts.append(text)
             self.prompts.add(_prompt_key(row, folded))
-
-    def mention(self, form: str) -> bool:
-        rarest = min((self.holding.get(word, []) for word in form.split()), key=len)
-        return any(form in self.texts[at] for at in rarest)
+            text = "|".join([*map(_plain, folded), *_plain_forms(row)])
+            words = common.keys() & text.split()
+            self.words |= words
+            for word in words & sought.keys():
+                found = [form for form in sought[word] if form in text]
+                self.mentioned.update(found)
+                sought[word] = [form for form in sought[word] if form not in self.mentioned] if found else sought[word]
 
 
 def certify(
@@ -444,25 +480,27 @@ def certify(
     have; held-out rows without a flag or without a form. Raises StoneyError if one is not zero.
     """
     parts = (train, validation, test)
-    texts = [_Texts(part) for part in parts]
-    training, validating, _ = texts
-    unseen_validation, unseen_test = ([row for row in part if seen.get(row.id) is False] for part in (validation, test))
+    unseen = {
+        name: [_plain_forms(row) for row in part if seen.get(row.id) is False]
+        for name, part in (("validation", validation), ("test", test))
+    }
+    of_seen = [_plain_forms(row) for row in [*validation, *test] if seen.get(row.id)]
+    training = _Reading(train, [*unseen["validation"], *unseen["test"], *of_seen])
+    validating = _Reading(validation, unseen["test"])
 
-    def count_leaks(rows: Iterable["Row"], where: _Texts) -> int:
-        return sum(any(map(where.mention, _plain_forms(row))) for row in rows)
+    def count_leaks(rows: list[list[str]], where: _Reading) -> int:
+        return sum(not where.mentioned.isdisjoint(found) for found in rows)
 
     def count_shared(sets: list[set[str]]) -> int:
         return sum(map(len, sets)) - len(set().union(*sets))
 
     overlaps = {
-        "test_unseen_in_train": count_leaks(unseen_test, training),
-        "validation_unseen_in_train": count_leaks(unseen_validation, training),
-        "test_unseen_in_validation": count_leaks(unseen_test, validating),
-        "seen_not_in_train": sum(
-            not all(map(training.mention, _plain_forms(row))) for row in [*validation, *test] if seen.get(row.id)
-        ),
+        "test_unseen_in_train": count_leaks(unseen["test"], training),
+        "validation_unseen_in_train": count_leaks(unseen["validation"], training),
+        "test_unseen_in_validation": count_leaks(unseen["test"], validating),
+        "seen_not_in_train": sum(not training.mentioned.issuperset(found) for found in of_seen),
         "ids_in_two_splits": count_shared([{row.id for row in part} for part in parts]),
-        "prompts_in_two_splits": count_shared([part.prompts for part in texts]),
+        "prompts_in_two_splits": count_shared([training.prompts, validating.prompts, _Reading(test).prompts]),
         "rows_without_flag_or_form": sum(row.id not in seen or not _plain_forms(row) for row in [*validation, *test]),
     }
     if any(overlaps.values()):
@@ -471,9 +509,7 @@ def certify(
     return {
         "overlaps": overlaps,
         "unseen_rows_sharing_a_word": {
-            name: sum(
-                any(word in training.holding for form in _plain_forms(row) for word in form.split()) for row in part
-            )
-            for name, part in (("validation", unseen_validation), ("test", unseen_test))
+            name: sum(any(not training.words.isdisjoint(form.split()) for form in found) for found in rows)
+            for name, rows in unseen.items()
         },
     }

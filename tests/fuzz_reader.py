@@ -430,6 +430,8 @@ def swallowed_json(content: bytes, pieces: list, index: int) -> bool:
     text = content.decode("latin-1").replace("\r", "\n")  # one character a byte: positions stay what they are
     for start, end in touched_before(pieces, index):
         for at in range(start, min(end, start + 3000)):
+            if text.startswith(("[" * 50, '{"a":' * 10), at):
+                continue  # an insert that nothing closes
             if text[at] in '{["':
                 try:
                     _, stop = decoder.raw_decode(text, at)
@@ -510,7 +512,7 @@ def pack(draw: random.Random, compression: str, content: bytes, name: str) -> tu
     if compression == ".bz2":
         return bz2.compress(content), True
     if compression == ".xz":
-        return lzma.compress(content), True
+        return lzma.compress(content, preset=0), True
     if compression == ".zst":
         import zstandard
 

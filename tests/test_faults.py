@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 import unicodedata
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,8 @@ import pytest
 from benchmarks import faults
 from stoney_rl import lexemes
 from stoney_rl.errors import StoneyError
-from stoney_rl.planted import PlantedLanguage
+from stoney_rl.inspection import coverage
+from stoney_rl.planted import CONSONANTS, PlantedLanguage
 from stoney_rl.planted_prose import prose_rows
 from stoney_rl.text import APOSTROPHES, fold, normalize, words
 
@@ -172,8 +174,13 @@ def test_a_gap_leaves_out_the_letter_and_nothing_else():
 
     assert [record["id"] for record in result.records] == [row.id for row in ROWS if letter not in initials(row)]
     assert len(ROWS) / 2 < len(result.records) < len(ROWS)
-    inside = [row for row in ROWS if any(letter in form[1:] for form in row.lexemes)]
-    assert inside  # the letter itself is common: only its place is empty
+    inside = [record for record in result.records if re.search(rf"\w{letter}", text_of(record))]
+    assert len(inside) > 20  # the letter itself is common: only its place is empty
+    # Every letter has its turn, and the prefixes' letters l and v are among them, but no vowel.
+    letters = faults.gap_letters(ROWS)
+    assert [set(planted(faults.GAP, seed).truth) for seed in range(len(letters))] == [{letter} for letter in letters]
+    assert planted(faults.GAP, len(letters)) == result
+    assert set("lv") <= set(letters) <= set(CONSONANTS)
 
 
 def test_an_unknown_kind_and_too_few_rows_are_errors():
@@ -196,6 +203,17 @@ def test_scores_by_hand():
     assert got.precision == got.recall == pytest.approx(2 / 3)
     nothing = faults.score(result, set())
     assert (nothing.precision, nothing.recall) == (0.0, 0.0)
+
+
+def test_the_bound_holds_for_the_worst_seed_but_for_all_letters_together():
+    """19 of 20 letters are 0.95; the second seed alone has 9 of 10."""
+    runs = [faults.Score(10, 10, 10, (), ()), faults.Score(10, 9, 9, ("b",), ())]
+    assert faults.together(runs) == faults.Score(20, 19, 19, ("b",), ())
+    results = faults.summarise({faults.GAP: runs, "mojibake": runs}, [{}], 0.95)
+    assert results[faults.GAP]["recall"]["worst"] == results["mojibake"]["recall"]["worst"] == 0.9
+    assert results[faults.GAP]["passed"]
+    assert not results["mojibake"]["passed"]
+    assert not faults.summarise({faults.GAP: runs}, [{}], 0.96)[faults.GAP]["passed"]
 
 
 def test_summary_by_hand():
@@ -224,24 +242,46 @@ def test_help_as_a_script_loads_nothing_heavy(tmp_path):
     assert "--num_rows" in done.stdout
 
 
+ROW_KINDS = [kind for kind in faults.KINDS if kind != faults.GAP]
+
+
 @pytest.fixture(scope="module")
 def report(tmp_path_factory):
     output = tmp_path_factory.mktemp("faults") / "new" / "faults.json"
-    code = faults.main(["--num_rows", "500", "--seeds", "0", "1", "--output", str(output)])
+    code = faults.main(["--num_rows", "500", "--seeds", "0", "1", "--kinds", *ROW_KINDS, "--output", str(output)])
     text = output.read_text()
     assert "prose-" not in text  # no row, nor its id
     assert "invented" not in text
     return code, json.loads(text)["results"]
 
 
-@pytest.mark.parametrize("kind", faults.KINDS)
+@pytest.mark.parametrize("kind", ROW_KINDS)
 def test_the_inspection_finds_what_was_planted(report, kind):
     entry = report[1][kind]
-    letters_or_rows = 2 * faults.LETTERS if kind == faults.GAP else 2 * NUM_FAULTS
-    assert entry["planted"] == letters_or_rows
+    assert entry["planted"] == 2 * NUM_FAULTS
+    # Of 25 rows one may be missed: 0.96.
     assert entry["recall"]["worst"] >= 0.95
     assert entry["precision"]["worst"] >= 0.95
     assert entry["found_in_clean_rows"] == 0
+
+
+def test_the_inspection_finds_letters_that_begin_no_word():
+    """Of 3000 rows: see the docstring of the benchmark. One of the letters goes the whole way through a file."""
+    rows = lexemes.annotate(prose_rows(PlantedLanguage(0, 1500), 3000, 0)[0])
+    assert _gaps(rows) == set()
+    letters = faults.gap_letters(rows)
+    assert len(letters) >= 18
+    for letter in letters[::3]:  # the benchmark takes them all
+        left = [row for row in rows if not any(word.startswith(letter) for word in faults._words_of(row))]
+        assert _gaps(left) == {letter}
+    result = faults.plant(rows, faults.GAP, SHARE, 3)
+    assert faults.find(result.records, ["coverage"]) == {faults.GAP: {letters[3]}}
+
+
+def _gaps(rows):
+    section = coverage.find(Counter(form for row in rows for form in {fold(form) for form in row.lexemes}))
+    found = [finding for finding in section.findings if finding.kind == faults.GAP]
+    return faults._letters(found[0]) if found else set()
 
 
 def test_the_exit_code_says_whether_all_was_found(report, tmp_path, monkeypatch):

@@ -98,17 +98,23 @@ def test_letters_counted_by_hand():
         ("lu\u0127e", "LATIN SMALL LETTER H WITH STROKE) for ẖ", "luẖe"),
         ("luh\u0332e", "U+0068 U+0332, LATIN SMALL LETTER H + COMBINING LOW LINE) for ẖ", "luẖe"),
         ("ma\u0167o", "LATIN SMALL LETTER T WITH STROKE) for ṯ", "maṯo"),
-        ("t\u00e2l\u0435", "U+0435, CYRILLIC SMALL LETTER IE) for e", "tâle"),  # no form: the scripts are mixed
+        ("\uff54\u00e2lo", "FULLWIDTH LATIN SMALL LETTER T) for t", "tâlo"),  # not in UTS #39
+        ("m\u0430\u1e6f\u043e", "U+0430, CYRILLIC SMALL LETTER A) for a", "maṯo"),
+        # of no form of the data: mixed scripts and one shape, which need no other evidence
+        ("l\u00fb\u03bae", "GREEK SMALL LETTER KAPPA) for k", "lûke"),
+        ("voh\u0332a", "LATIN SMALL LETTER H + COMBINING LOW LINE) for ẖ", "voẖa"),
+        ("t\u00e2l\u0435", "U+0435, CYRILLIC SMALL LETTER IE) for e", "tâle"),
     ],
 )
 def test_look_alikes(word, shown, read_as):
-    section = inspect([*REGULAR, row(f'What is "{word}"?')])
-    found = findings(section).get("look_alikes")
-    assert (found.severity, found.count, found.total, found.unit) == (FAILURE, 1, len(REGULAR) + 1, "rows")
-    assert found.row_ids == (str(len(REGULAR)),)
+    rows = [*REGULAR, *[row('What is "kova"?')] * 20]
+    section = inspect([*rows, row(f'What is "{word}"?')])
+    found = findings(section)["look_alikes"]
+    assert (found.severity, found.count, found.total, found.unit) == (FAILURE, 1, len(rows) + 1, "rows")
+    assert found.row_ids == (str(len(rows)),)
     assert shown in found.details[0] and f'in "{word}"' in found.details[0]
     assert found.examples[0]["read_as"] == read_as
-    assert [item["words"] for item in section.figures["look_alikes"]] == [1]
+    assert {item["words"] for item in section.figures["look_alikes"]} == {1}
     assert "diacritic_pairs" not in findings(section)  # said once
 
 
@@ -130,10 +136,11 @@ def test_look_alikes_are_found_beside_anything(word):
         "Greek \u03bb\u03cc\u03b3\u03bf\u03c2 and \u03bf\u03bd, Russian \u0441\u043b\u043e\u0432\u043e and \u0441\u0430\u0440\u0430",
         "The o\ufb03ce \ufb01sh, in English",
         "An English p\u0430ge",
+        "The number b" + "10" * 40,  # of 2 ** 40 readings few are tried
     ],
 )
 def test_what_is_no_look_alike(text):
-    assert "look_alikes" not in findings(inspect([*REGULAR, row(text)]))
+    assert "look_alikes" not in findings(inspect([*REGULAR * 10, row(text)]))
 
 
 def test_a_letter_in_regular_use_is_none():
@@ -142,6 +149,11 @@ def test_a_letter_in_regular_use_is_none():
     assert "look_alikes" not in findings(inspect([*REGULAR, *often]))
     rarely = [row('What is "t\u012bla"?')] * 5
     assert "look_alikes" not in findings(inspect([*REGULAR, *rarely]))
+    # ... even if one other word has it by mistake, or one of its words is once written with î.
+    slip = row('What is "m\u012bva"?')
+    assert "look_alikes" not in findings(inspect([*REGULAR * 2, *rarely[:4], slip]))
+    assert "look_alikes" in findings(inspect([*REGULAR * 2, slip]))
+    assert "look_alikes" not in findings(inspect([*REGULAR * 2, *rarely[:4], row('What is "t\u00eela"?')]))
     # One that is used once and never with the other letter could be either; 1 of 36 rows is too many for a slip.
     assert "look_alikes" not in findings(inspect([*REGULAR, row('What is "t\u012bla"?')]))
     assert "look_alikes" in findings(inspect([*REGULAR * 5, row('What is "t\u012bla"?')]))
@@ -190,7 +202,8 @@ def as_windows_1252(text):
 @pytest.mark.parametrize("wrong", [as_latin_1, as_windows_1252])
 @pytest.mark.parametrize("form", ["tâlo", "mîva", "vûda", "luẖe", "maṯo", "rôna", "“talo”", "don’t", "café"])
 def test_mojibake(tmp_path, wrong, form):
-    rows = [{"question": item.question, "answer": item.answer} for item in [*REGULAR, row('What is "rôna"?')]]
+    # So many rows that the ã of a misread î would be a look-alike of â.
+    rows = [{"question": item.question, "answer": item.answer} for item in [*REGULAR * 5, row('What is "rôna"?')]]
     rows.append({"question": f"What is {wrong(form)} here?", "answer": "A word, and mîva."})
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(item) + "\n" for item in rows), encoding="utf-8")
@@ -297,6 +310,13 @@ def test_diacritic_pairs():
         "forms",
     )
     assert found.row_ids == ()
+
+
+def test_capitals_are_their_letters():
+    letters = inspect([row("?", "!", ["\u0130va", "H\u0331A", "STRA\u00dfE"])]).figures["letters"]
+    assert {item["letter"]: item["in_forms"] for item in letters if item["in_forms"]} == {
+        **{"a": 3, "s": 1, "e": 1, "i": 1, "r": 1, "t": 1, "v": 1, "\u00df": 1, "\u1e96": 1}
+    }
 
 
 def test_clean_prose_and_no_rows():

@@ -89,7 +89,7 @@ def test_the_rows_of_one_template_are_no_duplicates():
         ("tâlu", "to lean", True),
         ("tâluv", "to lean", False),  # two letters: another word
         ("tâlo", "lean", True),
-        ("tâlo", "to leann", True),  # a typing mistake
+        ("tâlo", "to leean", True),  # a typing mistake
         ("tâlo", "to learn", False),  # a letter apart as well, but another English word
         ("tâlo", "to sing", False),
     ],
@@ -104,7 +104,7 @@ def test_forms_and_glosses_decide(form, gloss, duplicate):
 
 
 def test_a_wording_in_another_order_is_a_near_duplicate():
-    rows = [row for row in PlantedLanguage(0, 1).rows(rules_per_lexeme=1, templates_per_fact=6)]
+    rows = PlantedLanguage(0, 1).rows(rules_per_lexeme=1, templates_per_fact=6)
     near = found(rows)["near_duplicates"]
     assert rows[0].id not in near and len(near) >= 4
     similarity, _, original = next(iter(near.values())).split()
@@ -118,7 +118,22 @@ def test_the_similarity_is_the_jaccard_similarity_of_shingles():
     # " ab abcd " and " ab abce ": 3-character shingles " ab" "ab " "b a" "abc" and "bcd" "cd " against "bce" "ce ".
     rows = rows_of(("ab", "abcd"), ("ab", "abce"))
     assert found(rows, threshold=0.5)["near_duplicates"] == {"r1": "0.50 like r0"}
-    assert found(rows, threshold=0.51) == {} or "near_duplicates" not in found(rows, threshold=0.51)
+    assert "near_duplicates" not in found(rows, threshold=0.51)
+
+
+def test_copies_are_found_among_many_rows_of_their_template():
+    names = ["".join((a, "â", b, "o")) for a in "bdgkmnprst" for b in "fvlz"]
+    pairs = [(LONG.format(name, name), "Nobody in the story would say it of a stranger.") for name in names]
+    copies = [(question.replace("at night", "at noon"), answer) for question, answer in pairs]
+    near = found(rows_of(*pairs, *copies, lexemes=[[name] for name in names] * 2))["near_duplicates"]
+    assert {copy: detail.split()[-1] for copy, detail in near.items()} == {
+        f"r{number + len(names)}": f"r{number}" for number in range(len(names))
+    }
+    # Without forms all are in one bucket, whose first rows each row is compared with.
+    text = "How many people came to the feast that was held at the end of the long winter in the year {}?{}"
+    years = [(text.format(year, ""), "Nobody has counted them.") for year in range(1900, 1920)]
+    near = found(rows_of(*years, (text.format(1900, " Say it!"), "Nobody has counted them.")))["near_duplicates"]
+    assert list(near) == ["r20"] and near["r20"].endswith(" like r0")
 
 
 def test_numbers_are_claims():
@@ -229,6 +244,7 @@ def test_an_answer_that_repeats_its_question():
         # English is asked for, or something about the forms
         ('What does "tâlo" mean?', '"tâlo" means "to gather".', None, None),
         ('How would you translate the invented term "tâlo" into English?', '"tâlo" is "to gather".', None, None),
+        ('Which word is "tâlo" in English?', '"tâlo" is "gather".', None, None),
         ('What English word translates "tâlo"?', '"tâlo" is "gather".', None, None),
         ('How do "tâlo" and "mîva" differ?', '"tâlo" is "gather", "mîva" is "sing".', None, None),
         ('What difference is there between the terms "tâlo" and "mîva"?', '"tâlo" is short, "mîva" long.', None, None),
@@ -335,7 +351,8 @@ def test_one_enormous_row():
     words = " ".join("".join(random.Random(at).choices("bdgkmnaeiou", k=6)) for at in range(150_000))
     rows = rows_of(("What?", words), ("What?", words + " more"), (words, "x"), ("'\"`" * 300_000, "which " * 100_000))
     assert seconds(rows) < 10
-    assert found(rows)["near_duplicates"] == {"r1": "1.00 like r0"}  # compared by their first MAX_CHARACTERS
+    # Compared by the first MAX_CHARACTERS of the prompt and of the answer.
+    assert found(rows)["near_duplicates"] == {"r1": "1.00 like r0", "r2": "1.00 like r0"}
 
 
 @pytest.mark.real_data

@@ -28,6 +28,8 @@ DROPPABLE = (
     "contradictions",
     "answer_repeats_question",
     "question_gives_answer",
+    "question_offers_answer",
+    "echo_earns_forms",
     "cut_answers",
     "mojibake",
     "look_alikes",

@@ -22,7 +22,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from itertools import product
+from itertools import islice, product
 
 from stoney_rl.data import Row, RowSet
 from stoney_rl.inspection.findings import FAILURE, MAX_EXAMPLES, NOTE, Finding, Section
@@ -35,6 +35,8 @@ RARE = 0.1
 # Of near shape: what part of the rows must be about a word that is also written with the letter resembled, or else how
 # rare the letter must be.
 CONFIRMED, HARDLY_EVER = 0.2, 0.01
+# A letter of the forms of this many rows is nothing to look into.
+USUAL = 0.1
 # A word in fewer rows than this may be the same slip made again.
 RECURS = 3
 # How much more frequent than another a spelling is, for that other to look like a slip.
@@ -281,9 +283,8 @@ def _repair(usage: _Usage, word: str, suspects: Mapping[str, _LookAlike]) -> str
         suspects[piece].resembles if piece in suspects else (piece,)
         for piece in re.findall(f"[^\\W_][{_MARK}]*|.", word)
     ]
-    readings = ["".join(reading) for reading in product(*choices[:24])]
-    rest = word[sum(len(choice[0]) for choice in choices[:24]) :] if len(choices) > 24 else ""
-    return next((reading for reading in readings if _is_attested(usage, word, reading)), readings[0]) + rest
+    readings = ["".join(reading) for reading in islice(product(*choices), 32)]
+    return next((reading for reading in readings if _is_attested(usage, word, reading)), readings[0])
 
 
 def _script(letter: str) -> str:
@@ -449,22 +450,16 @@ def _misread(letters: Sequence[str]) -> dict[str, str]:
     """How reading shows a letter whose UTF-8 was decoded as Latin-1 or Windows-1252 -> the letter.
 
     Normalising has removed control characters and turned ´ into an apostrophe, so that ftfy can't restore ẖ and ô. Where
-    two letters are shown alike, the first counts. ``letters`` are lower case; capitals, and the letters with a line or
-    a dot below that ftfy doesn't look for (U+1E00 to U+1E9F), come behind.
+    two letters are shown alike, the first counts. ``letters`` are lower case; their capitals come behind.
     """
     import ftfy.bad_codecs
 
     ftfy.bad_codecs.ok()  # registers sloppy-windows-1252, which decodes every byte
     shown: dict[str, str] = {}
-    others = map(chr, range(0x1E00, 0x1EA0))
-    for shortest, letter in (
-        *((2, letter) for letter in letters),
-        *((2, letter.upper()) for letter in letters),
-        *((3, letter) for letter in others),
-    ):
+    for letter in (*letters, *map(str.upper, letters)):
         for encoding in ("sloppy-windows-1252", "latin-1"):
             wrong = normalize(f"x{letter.encode().decode(encoding)}x")[1:-1]
-            if len(wrong) >= shortest and not wrong.isascii():
+            if len(wrong) > 1 and not wrong.isascii():
                 shown.setdefault(wrong, letter)
     return shown
 
@@ -484,7 +479,7 @@ def _mojibake(rows: Sequence[Row], rowset: RowSet, usage: _Usage) -> Finding | N
     from ftfy import fix_encoding
     from ftfy.badness import is_bad
 
-    usual = {letter for letter, count in usage.rows_of.items() if count > RARE * len(rows)}
+    usual = {letter for letter, count in usage.rows_of.items() if count > USUAL * len(rows)}
     usual |= {letter.upper() for letter in usual} | set(_USUAL)
     odd = "".join(sorted(char for char in usage.characters if not char.isascii() and char not in usual))
     guard = re.compile(f"{_TELLTALE}|[{re.escape(odd)}]" if odd else _TELLTALE)
@@ -493,7 +488,7 @@ def _mojibake(rows: Sequence[Row], rowset: RowSet, usage: _Usage) -> Finding | N
     pattern = _misread_pattern(shown)
 
     # “Î” and «TÂ» are quoted letters of the language, not the bytes of another one.
-    capitals = "".join(sorted(char for char in usual if char.isupper() and not char.isascii()))
+    capitals = "".join(sorted({letter.upper()[0] for letter in usage.rows_of if not letter.isascii()}))
     after_capital = re.compile(f"(?<=[{capitals}])[{_USUAL}](?!\\w)") if capitals else re.compile("(?!)")
 
     def pieces(text: str) -> Iterator[tuple[str, str]]:

@@ -92,7 +92,7 @@ _PERSON = (
 )
 _ASKS_WHICH = re.compile(
     rf"\b(?:which|what) {_ADJECTIVE}{{0,5}}?{_KIND}\b{_NO_KIND}"
-    rf"|\bwhich (?:one|two|of (?:the|these|those)|(?:\w+ ){{0,2}}elements?|{_CAN} (?:you|one|we)|(?:fits|suits|is) (?:better|best))\b"
+    rf"|\bwhich (?:one|two|of (?:the|these|those)|(?:\w+ ){{0,2}}elements?|{_CAN} (?:you|one|we)|fits|suits|is (?:better|best))\b"
     rf"|\bwhat (?:is|are|would be) the (?:(?!english\b)[\w'-]+ ){{0,3}}?(?:{_KIND}|translation|equivalent) (?:for|that|meaning|of|behind)\b"
     rf"|\b(?:give|name|choose|pick|select|write|find|derive) (?:me )?(?:the|an?|one) {_ADJECTIVE}{{0,4}}?{_KIND}\b"
     rf"|\bhelp with the {_ADJECTIVE}{{0,4}}?{_KIND}\b"
