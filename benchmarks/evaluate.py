@@ -12,14 +12,16 @@ Writes --output, without the text of any row.
 Exit codes: 0 done, 2 bad input, 130 interrupted.
 """
 
-import argparse
-import statistics
 import sys
-import time
 from pathlib import Path
 
-if not __package__:  # run as a script: its own folder would hide the package `evaluate`
+if not __package__:  # run as a script: its own folder would hide the standard library's `inspect`
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+
+import argparse
+import statistics
+import time
 
 from benchmarks import measure
 from stoney_rl import checkpoints, cli

@@ -17,16 +17,18 @@ labels before anyone had looked at the errors). Numbers only: no form, gloss or 
 Exit codes: 0 done, 2 bad input, 130 interrupted.
 """
 
+import sys
+from pathlib import Path
+
+if not __package__:  # run as a script: its own folder would hide the standard library's `inspect`
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+
 import argparse
 import json
 import re
-import sys
 import time
 from collections.abc import Iterable, Mapping
-from pathlib import Path
-
-if not __package__:  # run as a script: its own folder would hide the package `evaluate`
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from benchmarks import measure
 from stoney_rl import checkpoints, cli

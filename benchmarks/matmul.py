@@ -6,11 +6,13 @@
 """
 
 import sys
-import time
 from pathlib import Path
 
-if not __package__:  # run as a script: its own folder would hide the package `evaluate`
+if not __package__:  # run as a script: its own folder would hide the standard library's `inspect`
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+
+import time
 
 from stoney_rl import cli
 

@@ -24,18 +24,20 @@ Writes --output. Rows are held in a temporary folder while it runs; no row's tex
 Exit codes: 0 done, 2 bad input, 130 interrupted.
 """
 
+import sys
+from pathlib import Path
+
+if not __package__:  # run as a script: its own folder would hide the standard library's `inspect`
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+
 import argparse
 import json
 import os
 import statistics
-import sys
 import sysconfig
 import tempfile
 from dataclasses import asdict, dataclass
-from pathlib import Path
-
-if not __package__:  # run as a script: its own folder would hide the package `evaluate`
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from benchmarks import matmul, measure
 from stoney_rl import checkpoints, cli

@@ -195,14 +195,14 @@ def _forms_in_span(text: str, start: int, end: int, is_english: IsEnglish) -> li
     for at, to in [(start, end)] if whole else [match.span() for match in _PART.finditer(text, start, end)]:
         part = text[at:to]
         tokens = _tokens(part)
-        english = [token for token in tokens if _is_function_word(token) or is_english(token)]
         if _is_marked(part):
-            found += [(at, to)] if 2 * len(english) <= len(tokens) else _runs(text[at:to], at, is_english)
-        elif len(tokens) == 1:
-            found += [(at, to)] if not english else []
-        elif tokens and 2 * len(english) <= len(tokens):
-            telling = any(_is_function_word(token) or len(token) >= 5 for token in english)
-            found += [(at, to)] if not telling else []
+            english = [token for token in tokens if _is_function_word(token) or is_english(token)]
+            found += [(at, to)] if 2 * len(english) <= len(tokens) else _runs(part, at, is_english)
+        elif tokens and not any(map(_is_function_word, tokens)):
+            english = [token for token in tokens if is_english(token)]
+            telling = len(tokens) == 1 or any(len(token) >= 5 for token in english)
+            if not english or (2 * len(english) <= len(tokens) and not telling):
+                found.append((at, to))
     return found
 
 

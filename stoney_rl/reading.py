@@ -79,9 +79,8 @@ _DECODER = json.JSONDecoder()
 _BLANK = re.compile(r"\s*")
 _BLANK_OR_COMMA = re.compile(r"[\s,]*")
 _FIRST_KEY = re.compile(r'\{\s*"[^"\n]{1,60}"')
-# Where a row stands: after a comma or bracket, or first on its line. After a colon stands what is inside of a row.
-_BETWEEN = r"(?:(?<=[,\]}])|(?<=[,\]}]\s)|\n[ \t]*)"
-_KNOWN_FIRST_KEY = re.compile(rf'{_BETWEEN}\{{\s*"(?:id|{"|".join(sorted(SCHEMA_KEYS))})"\s*:')
+_NOT_INSIDE = r"(?<![:\[])(?<![:\[]\s)"  # what stands after a colon, or first in a list, is inside of a row
+_KNOWN_FIRST_KEY = re.compile(rf'{_NOT_INSIDE}\{{\s*"(?:id|{"|".join(sorted(SCHEMA_KEYS))})"\s*:')
 
 
 @dataclass(slots=True)
@@ -503,7 +502,7 @@ class _JsonText:
         """
         openings = [self._opening_at(position), *([self._opening] if self._opening else [])]
         indents = "|".join(sorted({re.escape(indent) for indent, _ in openings}))
-        keys = sorted({_BETWEEN + re.escape(key) for _, key in openings if key})
+        keys = sorted({_NOT_INSIDE + re.escape(key) for _, key in openings if key})
         known = [] if self._opening else [_KNOWN_FIRST_KEY.pattern]
         found = re.compile("|".join([rf"\n(?:{indents})\{{", *keys, *known])).search(self._text, position + 1)
         found = found or _KNOWN_FIRST_KEY.search(self._text, position + 1)

@@ -34,7 +34,7 @@ from typing import TYPE_CHECKING
 
 from stoney_rl.errors import StoneyError
 from stoney_rl.lexemes import planted_form
-from stoney_rl.text import caseless, fold
+from stoney_rl.text import fold, normalize
 
 if TYPE_CHECKING:
     from stoney_rl.data import Row
@@ -73,7 +73,7 @@ class _Unit:
 
 def mention_key(form: str) -> str:
     """``form`` as the split compares it: folded, words one space apart, hyphens as spaces, without possessive 's."""
-    return " ".join(_mention_words(fold(form)))
+    return " ".join(_mention_words(normalize(form)))
 
 
 _form_key = cache(mention_key)  # one string for a form in however many rows
@@ -90,25 +90,35 @@ _WORD = re.compile(r"[^\W\d_]+[\u0300-\u036f]*(?:'?[^\W\d_]+[\u0300-\u036f]*)*")
 _BETWEEN_PUNCTUATION = re.compile(r"[\w\u0300-\u036f]+")
 
 
+# Texts are folded and read in pieces, as white space cuts them: most pieces of a text are those of other texts too.
 @lru_cache(maxsize=1 << 15)
 def _words_of(piece: str) -> list[str]:
-    return [word.removesuffix("'s") for word in _WORD.findall(piece)]
+    return [word.removesuffix("'s") for word in _WORD.findall(fold(piece))]
 
 
-def _mention_words(folded: str) -> list[str]:
-    # Piece by piece, as white space cuts them: most pieces of a text are those of other texts.
-    return [word for piece in folded.split() for word in _words_of(piece)]
+@lru_cache(maxsize=1 << 15)
+def _without_punctuation(piece: str) -> list[str]:
+    return _BETWEEN_PUNCTUATION.findall(fold(piece))
 
 
-def _folded(row: "Row") -> list[str]:
-    """The messages of ``row``, prompt first, without case; white space as it is."""
-    return [caseless(str(message["content"])) for message in [*row.prompt, *row.completion]]
+def _mention_words(text: str) -> list[str]:
+    """The words of a normalised text, as ``mention_key`` has them."""
+    return [word for piece in text.split() for word in _words_of(piece)]
 
 
-def _prompt_key(row: "Row", folded: list[str]) -> str:
+def _contents(messages: list[dict]) -> list[str]:
+    return [normalize(str(message["content"])) for message in messages]
+
+
+def _prompt_key(prompt: list[dict]) -> str:
     """The same for prompts that differ only in case, white space and punctuation."""
-    turns = zip(row.prompt, folded, strict=False)
-    return "\n".join([f"{turn['role']} {' '.join(_BETWEEN_PUNCTUATION.findall(text))}" for turn, text in turns])
+    turns = zip(prompt, _contents(prompt), strict=True)
+    return "\n".join(
+        [
+            f"{turn['role']} {' '.join([part for piece in text.split() for part in _without_punctuation(piece)])}"
+            for turn, text in turns
+        ]
+    )
 
 
 def _draw(seed: int, purpose: str, key: str) -> bytes:
@@ -137,9 +147,9 @@ def _units(rows: Sequence["Row"], forms: list[frozenset[str]]) -> list[_Unit]:
     by_prompt: dict[str, list[int]] = defaultdict(list)
     mentions: list[frozenset[str]] = []
     for index, row in enumerate(rows):
-        folded = _folded(row)
-        by_prompt[_prompt_key(row, folded)].append(index)
-        found = forms[index].union(*map(mentioned, folded), *map(mentioned_by_form, forms[index]))
+        by_prompt[_prompt_key(row.prompt)].append(index)
+        texts = _contents([*row.prompt, *row.completion])
+        found = forms[index].union(*map(mentioned, texts), *map(mentioned_by_form, forms[index]))
         mentions.append(forms[index] if len(found) == len(forms[index]) else found)
 
     units = []
@@ -426,19 +436,19 @@ _NO_LETTER = re.compile(r"[^\w'\u0300-\u036f]|[\d_]|''+")
 
 
 @lru_cache(maxsize=1 << 15)
-def _plain_piece(piece: str) -> str:
-    text = _NO_LETTER.sub(" ", _STRAY_MARK.sub(r"\1 ", piece))
-    return " ".join([word for part in text.split() if (word := part.strip("'").removesuffix("'s"))])
+def _plain_piece(piece: str) -> list[str]:
+    text = _NO_LETTER.sub(" ", _STRAY_MARK.sub(r"\1 ", fold(piece)))
+    return [word for part in text.split() if (word := part.strip("'").removesuffix("'s"))]
 
 
-def _plain(folded: str) -> str:
-    """The words of a folded text with one space around each, in the wide reading of the module's docstring."""
-    return f" {' '.join([text for piece in folded.split() if (text := _plain_piece(piece))])} "
+def _plain(text: str) -> str:
+    """The words of a normalised text with a space around each, in the wide reading of the module's docstring."""
+    return f" {' '.join([word for piece in text.split() for word in _plain_piece(piece)])} "
 
 
 @cache
 def _plain_form(form: str) -> str:
-    return _plain(fold(form))
+    return _plain(normalize(form))
 
 
 def _plain_forms(row: "Row") -> list[str]:
@@ -459,15 +469,15 @@ class _Reading:
         for form in wanted:
             sought[min(form.split(), key=common.get)].append(form)
         for row in rows:
-            folded = _folded(row)
-            self.prompts.add(_prompt_key(row, folded))
-            text = "|".join([*map(_plain, folded), *_plain_forms(row)])
+            self.prompts.add(_prompt_key(row.prompt))
+            text = "|".join([*map(_plain, _contents([*row.prompt, *row.completion])), *_plain_forms(row)])
             words = common.keys() & text.split()
             self.words |= words
             for word in words & sought.keys():
                 found = [form for form in sought[word] if form in text]
-                self.mentioned.update(found)
-                sought[word] = [form for form in sought[word] if form not in self.mentioned] if found else sought[word]
+                if found:
+                    self.mentioned.update(found)
+                    sought[word] = [form for form in sought[word] if form not in self.mentioned]
 
 
 def certify(

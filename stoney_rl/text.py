@@ -50,11 +50,6 @@ def words(text: str) -> list[str]:
     return _WORD.findall(normalize(text))
 
 
-def caseless(text: str) -> str:
-    """``text`` normalised and case-folded: ``fold`` without its care for white space, which costs as much again."""
-    return unicodedata.normalize("NFC", normalize(text).casefold())
-
-
 def fold(form: str) -> str:
     """The key under which two spellings count as the same form: normalised, case-folded, one space between words."""
-    return " ".join(caseless(form).split())
+    return " ".join(unicodedata.normalize("NFC", normalize(form).casefold()).split())

@@ -205,15 +205,9 @@ def test_scores_by_hand():
     assert (nothing.precision, nothing.recall) == (0.0, 0.0)
 
 
-def test_the_bound_holds_for_the_worst_seed_but_for_all_letters_together():
-    """19 of 20 letters are 0.95; the second seed alone has 9 of 10."""
-    runs = [faults.Score(10, 10, 10, (), ()), faults.Score(10, 9, 9, ("b",), ())]
-    assert faults.together(runs) == faults.Score(20, 19, 19, ("b",), ())
-    results = faults.summarise({faults.GAP: runs, "mojibake": runs}, [{}], 0.95)
-    assert results[faults.GAP]["recall"]["worst"] == results["mojibake"]["recall"]["worst"] == 0.9
-    assert results[faults.GAP]["passed"]
-    assert not results["mojibake"]["passed"]
-    assert not faults.summarise({faults.GAP: runs}, [{}], 0.96)[faults.GAP]["passed"]
+def test_scores_of_letters_are_added():
+    runs = [faults.Score(1, 1, 1, (), ()), faults.Score(1, 2, 1, (), ("a",)), faults.Score(1, 0, 0, ("b",), ())]
+    assert faults.together(runs) == faults.Score(3, 3, 2, ("b",), ("a",))
 
 
 def test_summary_by_hand():

@@ -147,6 +147,9 @@ def test_a_letter_in_regular_use_is_none():
     # ī beside î, in a fifth of the rows; then in one of twenty, but always in the same words.
     often = [row(f'What is "t\u012bl{vowel}"?') for vowel in "aeiou" * 5]
     assert "look_alikes" not in findings(inspect([*REGULAR, *often]))
+    # An orthography may take a letter of another script, even one that looks like one of its own.
+    assert "look_alikes" not in findings(inspect([*REGULAR, *[row('What is "t\u00fbl\u043e"?')] * 10]))
+    assert "look_alikes" in findings(inspect([*REGULAR, *[row('What is "t\u00fbl\u043e"?')] * 3]))
     rarely = [row('What is "t\u012bla"?')] * 5
     assert "look_alikes" not in findings(inspect([*REGULAR, *rarely]))
     # ... even if one other word has it by mistake, or one of its words is once written with î.

@@ -1,7 +1,7 @@
 """Are the words of the data a fair sample by initial letter, or are all words that begin with one letter left out?
 
-A letter that is common inside words and begins none is a hole in the data, or a rule of the language: no Spanish word
-begins with a vowel-final *ã*, Basque words don't begin with *r*. The other letters of the same language tell how much
+A letter that is common inside words and begins none is a hole in the data, or a rule of the language: native Basque
+words don't begin with *r*, nor German ones with *ß*. The other letters of the same language tell how much
 such shares differ there, so each letter is tested against them:
 
 1. Words are the distinct first words of the forms (a phrase is one form) and the distinct later words of phrases; a
@@ -11,10 +11,11 @@ such shares differ there, so each letter is tested against them:
 3. Vowels and consonants are told apart by Sukhotin's algorithm (1962; in English: Guy, Cryptologia 15, 1991): vowels
    and consonants tend to alternate. Single letters then change sides while that makes for more alternation: the greedy
    algorithm mistakes a very common consonant for a vowel. A marked letter goes with its base letter.
-4. Places: of a vowel, all its places; of a consonant, those before a vowel, because codas differ more between letters.
-   x of the n places of a letter are initial. Among the letters of a class the shares follow a beta distribution
+4. Places: of a vowel, all but the end of a word; of a consonant, those before a vowel, because endings and codas differ
+   more between letters. x of the n places of a letter are initial. Among the letters of a class the shares follow a beta distribution
    (beta-binomial: Skellam 1948), whose mean and spread are integrated over, given the common letters of the class
-   without the tested one. Rare letters don't shape it: many of them have an odd rule (English *x*, German *ß*).
+   without the tested one. Rare letters (English *x*, German *ß*) and marked ones (Portuguese *ç*) don't shape it: many
+   of them have a rule of their own.
    p is the probability of x or fewer initial places.
 5. Direct evidence: the same test, x of the n words that begin with the letter being first words and the rest later words
    of phrases. Spelling rules forbid both alike; who leaves headwords out keeps the phrases that contain them.
@@ -199,14 +200,14 @@ def _letters(spelling: _Spelling) -> list[dict]:
     )
 
     def open_place(pair: tuple[str, str]) -> bool:
-        return pair[0] in vowels or pair[1] in vowels
+        return pair[1] != "" and (pair[0] in vowels or pair[1] in vowels)
 
     number = sum(spelling.initial.values())
     x_open, y_open = _sum_by(spelling.initial, 0, open_place), _sum_by(spelling.inside, 0, open_place)
     tests = []
     for members in ([letter for letter in listed if letter in vowels], [x for x in listed if x not in vowels]):
         places = {letter: (x_open[letter], y_open[letter]) for letter in members}
-        common = {letter for letter in members if sum(places[letter]) >= COMMON * number}
+        common = {x for x in members if sum(places[x]) >= COMMON * number and not _marked(x)}
         tested = [letter for letter in members if sum(places[letter]) >= max(1, TESTED * number)]
         for test in _tail_tests(places, common, tested):
             if test.expected >= MIN_EXPECTED_SHARE * number:
@@ -241,9 +242,13 @@ def _letters(spelling: _Spelling) -> list[dict]:
     return rows
 
 
+def _marked(letter: str) -> bool:
+    """Whether a letter, or the first of a digraph, has a diacritic."""
+    return any(map(unicodedata.combining, unicodedata.normalize("NFD", letter)[1:2]))
+
+
 def _alpha(letter: str) -> float:
-    """Of a digraph, the first letter counts, marked or not."""
-    return ALPHA_MARKED if len(unicodedata.normalize("NFD", letter[0])) > 1 else ALPHA
+    return ALPHA_MARKED if _marked(letter) else ALPHA
 
 
 @dataclass(frozen=True)
@@ -327,11 +332,7 @@ def _describe(row: dict) -> str:
     )
     if row["verdict"] == GAP_ELSEWHERE:
         return text + f"; {row['later']:,} later words of phrases do begin with it, so the language has such words)"
-    return text + (
-        "; no rule of the other letters' kind explains it, but a rule of spelling for it alone would)"
-        if row["verdict"] == GAP
-        else ")"
-    )
+    return text + ("; a rule of spelling for this letter alone would look the same)" if row["verdict"] == GAP else ")")
 
 
 def _finding(kind: str, severity: str, rows: list[dict], tested: int, message: str) -> Finding:

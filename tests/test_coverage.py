@@ -1,0 +1,204 @@
+"""Left-out initial letters: found where they are, not where they aren't. All forms are of the invented language, but
+for word lists of natural languages (pyspellchecker) and the rows under real_data."""
+
+import os
+import random
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy.stats import betabinom
+
+from benchmarks import coverage as benchmark
+from stoney_rl.data import load_rows
+from stoney_rl.inspection import coverage
+from stoney_rl.inspection.findings import FAILURE, NOTE
+from stoney_rl.lexemes import annotate
+from stoney_rl.planted import CONSONANTS, NASAL_VOWELS, VOWELS, PlantedLanguage
+from stoney_rl.text import fold
+
+ROOT = Path(__file__).resolve().parents[1]
+REAL_DATA = Path(os.environ.get("STONEY_REAL_DATA") or ROOT.parent / "shared" / "data")
+STEMS = PlantedLanguage(0, 1000).stems
+
+
+def by_letter(section):
+    return {row["letter"]: row for row in section.figures["letters"]}
+
+
+def gaps(section):
+    return {row["letter"] for row in section.figures["letters"] if row["verdict"].startswith("gap")}
+
+
+def find(words):
+    return coverage.find(Counter(words))
+
+
+def test_counts_by_hand():
+    section = coverage.find({"tâlo": 3, "mîva tâlo": 1, "falo-mîva": 1, "t'ela": 12})
+    figures = section.figures
+    # First words tâlo, mîva, falo, t'ela (read as tela); later words tâlo and mîva; all words, each once: four.
+    assert (figures["forms"], figures["mentions"], figures["words"], figures["first_words"]) == (4, 17, 4, 4)
+    assert figures["forms_by_number_of_words"] == {"1": 2, "2": 2}
+    assert figures["words_by_length"] == {"4": 4}
+    assert figures["forms_by_rows"] == {"1": 2, "2": 0, "3-5": 1, "6-10": 0, ">10": 1}
+    assert figures["forms_in_one_row_share"] == 2 / 4
+    assert figures["good_turing_new_mentions"] == 2 / 17
+    letters = by_letter(section)
+    assert {key: letters["t"][key] for key in ("initial", "later", "inside")} == {"initial": 2, "later": 1, "inside": 0}
+    assert {key: letters["l"][key] for key in ("initial", "later", "inside")} == {"initial": 0, "later": 0, "inside": 3}
+    assert letters["m"]["later"] == 1
+    assert figures["letters"][0]["letter"] == "a"  # the most frequent: five of them
+    assert section.findings == []
+
+
+@pytest.mark.parametrize("forms", [{}, {"...": 2}, {"a": 1}])
+def test_data_without_words_or_letters(forms):
+    section = coverage.find(forms)
+    assert section.findings == []
+    assert section.figures["first_words"] == len(forms.keys() & {"a"})
+
+
+def test_vowels_are_found_although_a_consonant_is_the_most_frequent_letter():
+    # l is in every word, twice: Sukhotin's greedy choice takes it for a vowel first.
+    words = [f"{c}{v}l{w}l{u}" for c in "bdgkmn" for v in "âîû" for w in "aeo" for u in "aeo"]
+    assert set(find(words).figures["vowels"]) == set("aâîûeo")
+    assert set(find(STEMS).figures["vowels"]) == set(NASAL_VOWELS + VOWELS)
+
+
+def test_digraphs_are_one_letter():
+    # ẖ only follows ṯ, while ṯ also stands alone; so ṯẖ is a letter, and ẖ is none.
+    words = [word.replace("t", "ṯẖ") for word in STEMS if "ẖ" not in word]
+    section = find(words)
+    assert section.figures["digraphs"] == ["ṯẖ"]
+    assert "ẖ" not in by_letter(section)
+    assert by_letter(section)["ṯẖ"]["initial"] == sum(word.startswith("ṯẖ") for word in words)
+    assert section.findings == []
+    assert gaps(find(word for word in words if not word.startswith("ṯẖ"))) == {"ṯẖ"}
+
+
+def test_p_is_the_beta_binomial_tail_averaged_over_mean_and_spread():
+    counts = {
+        letter: (x, y) for letter, x, y in zip("abcdef", (2, 30, 25, 40, 28, 31), (60, 50, 60, 70, 55, 44), strict=True)
+    }
+    (test,) = coverage._tail_tests(counts, set(counts), ["a"])
+    # By simulation: weights of 20,000 random (mean, spread) by the likelihood of the other five letters.
+    rng = np.random.default_rng(0)
+    mean, spread = rng.uniform(0.001, 0.993, 20_000), np.exp(rng.uniform(np.log(0.5), np.log(2000), 20_000))
+    a, b = mean * spread, (1 - mean) * spread
+    weights = np.prod([betabinom.pmf(x, x + y, a, b) for letter, (x, y) in counts.items() if letter != "a"], axis=0)
+    weights /= weights.sum()
+    assert test.p == pytest.approx(weights @ betabinom.cdf(2, 62, a, b), rel=0.15)
+    assert test.p_if_none == pytest.approx(weights @ betabinom.pmf(0, 60, a, b), rel=0.25)
+    assert test.expected == pytest.approx(62 * weights @ mean, rel=0.02)
+
+
+def test_too_few_letters_give_no_test():
+    assert coverage._tail_tests(dict.fromkeys("abcd", (5, 5)), set("abcd"), list("abcd")) == []
+
+
+def test_holm_by_hand():
+    # 0.01 * 4; then max(0.04, 0.02 * 3); then 0.03 * 2; then max(0.06, 0.04)
+    assert coverage._holm([0.04, 0.01, 0.03, 0.02]) == pytest.approx([0.06, 0.04, 0.06, 0.06])
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_planted_letter_left_out_is_found_and_nothing_else(seed):
+    stems = PlantedLanguage(seed, 1000).stems
+    assert find(stems).findings == []
+    for letter in CONSONANTS:
+        section = find(stem for stem in stems if stem[0] != letter)
+        assert gaps(section) == {letter}
+        (finding,) = section.findings
+        assert (finding.kind, finding.severity, finding.count, finding.unit) == (
+            "initial_letter_gap",
+            FAILURE,
+            1,
+            "letters",
+        )
+        assert f"begins with {letter} (0 words" in finding.message
+        assert "rule of spelling" in finding.message
+        assert finding.examples[0]["letter"] == letter
+
+
+def test_two_stray_words_do_not_hide_a_gap_but_many_do():
+    without = [stem for stem in STEMS if stem[0] != "b"]
+    assert gaps(find([*without, "bâla", "bîfo"])) == {"b"}
+    assert gaps(find([*without, *(stem for stem in STEMS if stem[0] == "b")][: len(without) + 12])) == set()
+
+
+def test_a_letter_with_too_little_data_is_not_reported():
+    few = PlantedLanguage(0, 80).stems
+    section = find(stem for stem in few if stem[0] != "b")
+    assert gaps(section) == set()
+    assert not by_letter(section)["b"]["noticeable"]
+    assert all(by_letter(find(STEMS))[letter]["noticeable"] for letter in CONSONANTS)
+
+
+def test_words_that_begin_with_the_letter_inside_phrases_are_evidence_of_their_own():
+    # Three quarters of the shares of initial places are all over the place, so the first test can't tell.
+    rng = random.Random(0)
+    phrases = [f"{rng.choice(STEMS)} {stem}" for stem in STEMS]
+    assert find(phrases).findings == []
+    section = find(phrase for phrase in phrases if phrase[0] != "b")
+    assert by_letter(section)["b"]["verdict"] == coverage.GAP_ELSEWHERE
+    assert by_letter(section)["b"]["later"] > 20
+    assert "later words of phrases do begin with it" in section.findings[0].message
+
+
+def test_a_rule_that_other_letters_follow_too_is_no_gap():
+    # No vowel begins a word of the planted language; nor does half of the consonants here.
+    words = [stem for stem in STEMS if stem[0] in "bdfghjklmn"]
+    assert find(words).findings == []
+
+
+def test_a_hint_is_a_note():
+    # Without z, and with shares that differ much between the other letters.
+    keep = dict(
+        zip(CONSONANTS.replace("z", ""), [1, 1, 0.9, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.25] * 2, strict=False)
+    )
+    rng = random.Random(1)
+    stems = [stem for stem in STEMS if rng.random() < keep.get(stem[0], 0)]
+    (finding,) = find(stems).findings
+    assert (finding.kind, finding.severity) == ("never_initial", NOTE)
+    assert "ask someone who knows the language" in finding.message
+
+
+def test_order_of_the_forms_does_not_matter():
+    stems = [stem for stem in STEMS if stem[0] != "w"]
+    assert find(stems) == find(reversed(stems))
+
+
+@pytest.mark.parametrize("language", ["en", "es", "fr", "pt", "de", "it", "nl", "ru", "eu", "lv"])
+def test_natural_languages_without_a_gap(language):
+    # Among them letters that begin no word by rule: ß, ñ, ç, x, ъ, ы, ь, ņ, the Basque r.
+    for size in (500, 2000):
+        (rows,) = benchmark.samples(language, size, 1)
+        assert benchmark.find(rows)[0] == set()
+
+
+def test_natural_language_with_a_gap():
+    (rows,) = benchmark.samples("it", 10_000, 1)
+    assert benchmark.find(rows)[0] == set()
+    for letter in "ctrp":
+        assert benchmark.find([row for row in rows if row[0][0] != letter])[0] == {letter}
+
+
+def test_benchmark_counts_what_it_finds():
+    result = benchmark.try_all("planted, stems", 600, 1)
+    assert (result["clean"], result["clean_with_alarm"], result["others"]) == (1, 0, 0)
+    assert result["left_out"] == len(CONSONANTS)
+    assert result["found"] == result["left_out"] - len(result["missed"])
+    assert "planted, stems     600" in benchmark.table([result])
+
+
+@pytest.mark.real_data
+@pytest.mark.skipif(not REAL_DATA.is_dir(), reason="the real rows are not here")
+def test_real_rows_are_too_few_to_tell():
+    rows = annotate(load_rows(REAL_DATA).rows)
+    section = coverage.find(Counter(form for row in rows for form in {fold(lexeme) for lexeme in row.lexemes}))
+    assert set(section.figures["vowels"]) == set("aeiouâîû")
+    assert section.figures["digraphs"] == ["ch", "ṯẖ"]
+    assert section.findings == []
+    assert not any(row["noticeable"] for row in section.figures["letters"])
