@@ -94,11 +94,12 @@ def main(argv: list[str] | None = None) -> int:
 
     tokenizer, why_not = load_tokenizer(tokenizer_source)
     entries = step("lexicon", lambda: lexicon.build_lexicon(rows))
+    gloss_of = {fold(entry.form): entry.glosses[0][0] for entry in entries if entry.glosses}
     sections = [
         step("schema", lambda: schema.find(rowset, rows)),
         step("repeats", lambda: repeats.find(rows, threshold=args.near_duplicate_threshold, seed=args.seed)),
         step("lengths", lambda: lengths.find(rows, args.max_length, tokenizer, why_not)),
-        step("orthography", lambda: orthography.find(rowset, rows)),
+        step("orthography", lambda: orthography.find(rowset, rows, glosses=gloss_of)),
         step("meanings", lambda: meanings.find(entries, rows)),
         step("coverage", lambda: coverage.find({fold(entry.form): entry.count for entry in entries})),
     ]

@@ -25,6 +25,7 @@ if not __package__:  # run as a script: its own folder would hide the standard l
 import argparse
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
+from functools import cache
 from multiprocessing import get_context
 
 from benchmarks import measure
@@ -73,6 +74,7 @@ def main(argv: list[str] | None = None) -> None:
     print(f"{args.output}: the same, with the letters, versions and machine")
 
 
+@cache
 def frequent_words(language: str) -> list[str]:
     """The most frequent words of a pyspellchecker list, two letters or more. Raises ``StoneyError`` for an unknown one.
 

@@ -200,8 +200,7 @@ def _forms_in_span(text: str, start: int, end: int, is_english: IsEnglish) -> li
             found += [(at, to)] if 2 * len(english) <= len(tokens) else _runs(part, at, is_english)
         elif tokens and not any(map(_is_function_word, tokens)):
             english = [token for token in tokens if is_english(token)]
-            telling = len(tokens) == 1 or any(len(token) >= 5 for token in english)
-            if not english or (2 * len(english) <= len(tokens) and not telling):
+            if 2 * len(english) <= len(tokens) and all(len(token) < 5 for token in english):
                 found.append((at, to))
     return found
 

@@ -267,7 +267,7 @@ def _tail_tests(counts: Mapping[str, tuple[int, int]], common: set[str], tested:
     import numpy as np
     from scipy.special import betainc, betaln, gammaln, logsumexp
 
-    logit, log_s = np.meshgrid(np.linspace(-7, 5, 49), np.linspace(np.log(0.5), np.log(2000), 40), indexing="ij")
+    logit, log_s = np.meshgrid(np.linspace(-7, 5, 37), np.linspace(np.log(0.5), np.log(2000), 25), indexing="ij")
     mean = (1 / (1 + np.exp(-logit))).ravel()
     a, b = mean * np.exp(log_s).ravel(), (1 - mean) * np.exp(log_s).ravel()
     log_prior = np.log(mean * (1 - mean))  # uniform in m on a grid of its logit

@@ -158,8 +158,10 @@ def sentences(summary: dict) -> dict[str, list[str]]:
         + (f"; rare there: {' '.join(rare)}." if rare else "."),
     ]
     if hidden:
+        which = "whichever letter" if len(hidden) >= tested else f"if it were one of {' '.join(hidden)}"
         said["coverage"].append(
-            f"So few words begin with these letters that leaving them out would not show: {' '.join(hidden)}."
+            f"What this test can't see: in {coverage['forms']:,} forms it would not stand out if all words that begin with one "
+            f"letter had been left out, {which}."
         )
     if coverage["good_turing_new_mentions"] is not None:
         said["coverage"].append(
