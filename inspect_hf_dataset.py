@@ -85,46 +85,47 @@ def main(argv: list[str] | None = None) -> int:
         print((output / "report.txt").read_text(encoding="utf-8"))
         print(f"{output}/: inspected with these settings already (--overwrite inspects again)")
         return exit_code(json.loads((output / "report.json").read_text(encoding="utf-8")), args)
-    rows = rowset.rows if earlier else lexemes.annotate(rowset.rows)
-
-    # 2. What is in them, and what is wrong with them.
-    from stoney_rl import lexicon
-    from stoney_rl.inspection import coverage, lengths, meanings, orthography, repeats, report, schema, splits
-    from stoney_rl.text import fold
-
-    tokenizer, why_not = load_tokenizer(tokenizer_source)
-    entries = step("lexicon", lambda: lexicon.build_lexicon(rows))
-    gloss_of = {fold(entry.form): entry.glosses[0][0] for entry in entries if entry.glosses}
-    sections = [
-        step("schema", lambda: schema.find(rowset, rows)),
-        step("repeats", lambda: repeats.find(rows, threshold=args.near_duplicate_threshold, seed=args.seed)),
-        step("lengths", lambda: lengths.find(rows, args.max_length, tokenizer, why_not)),
-        step("orthography", lambda: orthography.find(rowset, rows, glosses=gloss_of)),
-        step("meanings", lambda: meanings.find(entries, rows)),
-        step("coverage", lambda: coverage.find({fold(entry.form): entry.count for entry in entries})),
-    ]
-
-    # 3. The split of the rows that are kept.
-    rowset, rows = report.leave_out(rowset, rows, sections, args.drop)
-    asked = {key: getattr(args, key) for key in corpus.SPLIT_DEFAULTS if getattr(args, key) is not None}
-    try:
-        split = earlier[1] if earlier else step(
-            "split", lambda: corpus.split_as(rows, rowset.sha256, **(corpus.SPLIT_DEFAULTS | asked))
-        )  # fmt: skip
-    except StoneyError as error:
-        if args.output_dir:
-            raise
-        split = None
-        sections.append(splits.impossible(str(error), rows))
-    else:
-        pos_of = {fold(entry.form): entry.pos[0][0] for entry in entries if entry.pos}
-        sections.append(splits.find(split, rows, pos_of))
-
-    # 4. The directory.
-    summary = report.summarise(rowset, sections, arguments=identity["arguments"])
-    text = report.as_text(summary, entries)
-    tracker = tracking.start_stage("inspect_hf_dataset", args, name=output.name)
+    # Opened before the work, so that a place that can't be written is heard of at once.
     with checkpoints.staged(output, overwrite=overwrite) as work:
+        rows = rowset.rows if earlier else step("forms", lambda: lexemes.annotate(rowset.rows))
+
+        # 2. What is in them, and what is wrong with them.
+        from stoney_rl import lexicon
+        from stoney_rl.inspection import coverage, lengths, meanings, orthography, repeats, report, schema, splits
+        from stoney_rl.text import fold
+
+        tokenizer, why_not = load_tokenizer(tokenizer_source)
+        entries = step("lexicon", lambda: lexicon.build_lexicon(rows))
+        gloss_of = {fold(entry.form): entry.glosses[0][0] for entry in entries if entry.glosses}
+        sections = [
+            step("schema", lambda: schema.find(rowset, rows)),
+            step("repeats", lambda: repeats.find(rows, threshold=args.near_duplicate_threshold, seed=args.seed)),
+            step("lengths", lambda: lengths.find(rows, args.max_length, tokenizer, why_not)),
+            step("orthography", lambda: orthography.find(rowset, rows, glosses=gloss_of)),
+            step("meanings", lambda: meanings.find(entries, rows)),
+            step("coverage", lambda: coverage.find({fold(entry.form): entry.count for entry in entries})),
+        ]
+
+        # 3. The split of the rows that are kept.
+        rowset, rows = report.leave_out(rowset, rows, sections, args.drop)
+        asked = {key: getattr(args, key) for key in corpus.SPLIT_DEFAULTS if getattr(args, key) is not None}
+        try:
+            split = earlier[1] if earlier else step(
+                "split", lambda: corpus.split_as(rows, rowset.sha256, **(corpus.SPLIT_DEFAULTS | asked))
+            )  # fmt: skip
+        except StoneyError as error:
+            if args.output_dir:
+                raise
+            split = None
+            sections.append(splits.impossible(str(error), rows))
+        else:
+            pos_of = {fold(entry.form): entry.pos[0][0] for entry in entries if entry.pos}
+            sections.append(splits.find(split, rows, pos_of))
+
+        # 4. The directory.
+        summary = report.summarise(rowset, sections, arguments=identity["arguments"])
+        text = report.as_text(summary, entries)
+        tracker = tracking.start_stage("inspect_hf_dataset", args, name=output.name)
         if args.output_dir:
             prepared.write(work, rowset, split)
         report.write(work, summary, text, sections, entries, rowset)
@@ -153,6 +154,10 @@ def check_args(args: argparse.Namespace) -> None:
     problems = cli.Problems()
     if args.drop and not args.output_dir:
         problems.add("--drop: leaves rows out of a prepared directory; name one with --output_dir")
+    if not args.near_duplicate_threshold:
+        problems.add(
+            "--near_duplicate_threshold 0: every row is like every other; expected a number above 0, such as 0.8"
+        )
     if args.allow and not args.strict:
         problems.add("--allow: only with --strict, which it makes milder")
     if prepared.is_prepared(args.dataset):

@@ -20,6 +20,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import cache, lru_cache
+from itertools import chain
 from typing import TYPE_CHECKING
 
 from stoney_rl.errors import StoneyError
@@ -277,7 +278,7 @@ def english_test(texts: Iterable[str]) -> IsEnglish:
         runs = _runs(outside, 0, is_listed_english)
         for start, end in runs:
             inside.update(map(_folded, _tokens(outside[start:end])))
-        prose.update({key for piece in set(_blank(outside, runs).split()) for key in _keys(piece)})
+        prose.update(set(chain.from_iterable(map(_keys, _blank(outside, runs).split()))))
         in_forms.update(inside)
         alone.update(single)
 

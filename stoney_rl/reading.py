@@ -78,7 +78,7 @@ _UNDECODED = re.compile("[\udc80-\udcff]")  # what errors="surrogateescape" make
 _DECODER = json.JSONDecoder()
 _BLANK = re.compile(r"\s*")
 _BLANK_OR_COMMA = re.compile(r"[\s,]*")
-_FIRST_KEY = re.compile(r'\{\s*"[^"\n]{1,60}"')
+_FIRST_KEY = re.compile(r'\{\s*("[^"\n]{1,60}")')
 _NOT_INSIDE = r"(?<![:\[])(?<![:\[]\s)"  # what stands after a colon, or first in a list, is inside of a row
 _KNOWN_FIRST_KEY = re.compile(rf'{_NOT_INSIDE}\{{\s*"(?:id|{"|".join(sorted(SCHEMA_KEYS))})"\s*:')
 
@@ -207,6 +207,18 @@ class _Archive:
             self._zip, _Archive._latest = zipfile.ZipFile(self._path), weakref.ref(self)
         return self._zip
 
+    def lists(self, count: int) -> bool:
+        """Whether the archive says that it holds ``count`` files; zipfile reads a damaged directory as a shorter one.
+
+        The number is in the end record, at most 64 KiB before the end (APPNOTE.TXT, 4.3.16); 0xFFFF refers to zip64.
+        """
+        with self._path.open("rb") as stream:
+            stream.seek(max(0, stream.seek(0, os.SEEK_END) - (1 << 16) - 22))
+            tail = stream.read()
+        at = tail.rfind(b"PK\x05\x06")
+        said = int.from_bytes(tail[at + 10 : at + 12], "little")
+        return said in (count % (1 << 16), 0xFFFF)
+
     def close(self) -> None:
         if self._zip is not None:
             self._zip.close()  # a member that is being read keeps the file open for as long as it needs it
@@ -233,6 +245,8 @@ def _zip_members(path: Path, name: str) -> Iterator[DataFile]:
     archive = _Archive(path)
     try:
         members = sorted(archive.get().infolist(), key=lambda member: member.filename)
+        if not archive.lists(len(members)):
+            raise zipfile.BadZipFile("its directory does not list as many files as it says")
     except broken as error:
         raise StoneyError(f"{name} can't be read as a zip archive: {plain(error)}; check that it is whole") from None
 
@@ -491,7 +505,7 @@ class _JsonText:
             max(self._text.rfind("\n", max(0, position - 200), position) + 1, position - 200) : position
         ]
         first = _FIRST_KEY.match(self._text, position)
-        return (before if not before.strip() else "", first[0] if first else "")
+        return (before if not before.strip() else "", first[1] if first else "")
 
     def _next_row(self, position: int) -> int:
         """Where a row after ``position`` seems to begin, or -1.
@@ -502,7 +516,7 @@ class _JsonText:
         """
         openings = [self._opening_at(position), *([self._opening] if self._opening else [])]
         indents = "|".join(sorted({re.escape(indent) for indent, _ in openings}))
-        keys = sorted({_NOT_INSIDE + re.escape(key) for _, key in openings if key})
+        keys = sorted({rf"{_NOT_INSIDE}\{{\s*{re.escape(key)}" for _, key in openings if key})
         known = [] if self._opening else [_KNOWN_FIRST_KEY.pattern]
         found = re.compile("|".join([rf"\n(?:{indents})\{{", *keys, *known])).search(self._text, position + 1)
         found = found or _KNOWN_FIRST_KEY.search(self._text, position + 1)

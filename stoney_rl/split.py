@@ -30,6 +30,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property, lru_cache
+from itertools import chain
 from typing import TYPE_CHECKING
 
 from stoney_rl.errors import StoneyError
@@ -92,33 +93,30 @@ _BETWEEN_PUNCTUATION = re.compile(r"[\w\u0300-\u036f]+")
 
 # Texts are folded and read in pieces, as white space cuts them: most pieces of a text are those of other texts too.
 @lru_cache(maxsize=1 << 15)
-def _words_of(piece: str) -> list[str]:
-    return [word.removesuffix("'s") for word in _WORD.findall(fold(piece))]
+def _words_of(piece: str) -> tuple[str, ...]:
+    return tuple(word.removesuffix("'s") for word in _WORD.findall(fold(piece)))
 
 
 @lru_cache(maxsize=1 << 15)
-def _without_punctuation(piece: str) -> list[str]:
-    return _BETWEEN_PUNCTUATION.findall(fold(piece))
+def _without_punctuation(piece: str) -> str:
+    return " ".join(_BETWEEN_PUNCTUATION.findall(fold(piece)))
 
 
 def _mention_words(text: str) -> list[str]:
     """The words of a normalised text, as ``mention_key`` has them."""
-    return [word for piece in text.split() for word in _words_of(piece)]
+    return list(chain.from_iterable(map(_words_of, text.split())))
 
 
-def _contents(messages: list[dict]) -> list[str]:
-    return [normalize(str(message["content"])) for message in messages]
+def _contents(row: "Row") -> list[str]:
+    """The messages of ``row``, prompt first."""
+    return [normalize(str(message["content"])) for message in [*row.prompt, *row.completion]]
 
 
-def _prompt_key(prompt: list[dict]) -> str:
+def _prompt_key(row: "Row", contents: list[str]) -> str:
     """The same for prompts that differ only in case, white space and punctuation."""
-    turns = zip(prompt, _contents(prompt), strict=True)
-    return "\n".join(
-        [
-            f"{turn['role']} {' '.join([part for piece in text.split() for part in _without_punctuation(piece)])}"
-            for turn, text in turns
-        ]
-    )
+    turns = zip(row.prompt, contents, strict=False)
+    cleaned = [(turn["role"], filter(None, map(_without_punctuation, text.split()))) for turn, text in turns]
+    return "\n".join([f"{role} {' '.join(text)}" for role, text in cleaned])
 
 
 def _draw(seed: int, purpose: str, key: str) -> bytes:
@@ -147,9 +145,9 @@ def _units(rows: Sequence["Row"], forms: list[frozenset[str]]) -> list[_Unit]:
     by_prompt: dict[str, list[int]] = defaultdict(list)
     mentions: list[frozenset[str]] = []
     for index, row in enumerate(rows):
-        by_prompt[_prompt_key(row.prompt)].append(index)
-        texts = _contents([*row.prompt, *row.completion])
-        found = forms[index].union(*map(mentioned, texts), *map(mentioned_by_form, forms[index]))
+        contents = _contents(row)
+        by_prompt[_prompt_key(row, contents)].append(index)
+        found = forms[index].union(*map(mentioned, contents), *map(mentioned_by_form, forms[index]))
         mentions.append(forms[index] if len(found) == len(forms[index]) else found)
 
     units = []
@@ -363,8 +361,8 @@ def split_rows(
             "seen": round(validation_fraction * seen_fraction / test_fraction * len(rows)),
         },
     }
-    forms = [row_forms(row) for row in rows]
-    units = _units(rows, forms)
+    forms = {row.id: row_forms(row) for row in rows}
+    units = _units(rows, list(forms.values()))
     assignment = _Assignment(units, seed)
     for name, wanted in requested.items():
         got = assignment.hold_out_unseen(name, wanted["unseen"]) if wanted["unseen"] else 0
@@ -407,13 +405,16 @@ def split_rows(
                 for name in ("validation", "test")
             },
             "dropped": len(parts["dropped"]),
-            "without_lexemes": forms.count(frozenset()),
+            "without_lexemes": sum(not found for found in forms.values()),
         },
         "lexemes": {
-            "all": _count_forms(rows),
-            "train": _count_forms(parts["train"]),
-            "validation_unseen": _count_forms(held_out["validation"]),
-            "test_unseen": _count_forms(held_out["test"]),
+            name: len(frozenset().union(*(forms[row.id] for row in part)))
+            for name, part in (
+                ("all", rows),
+                ("train", parts["train"]),
+                ("validation_unseen", held_out["validation"]),
+                ("test_unseen", held_out["test"]),
+            )
         },
         **certify(parts["train"], parts["validation"], parts["test"], seen),
         "ids_sha256": {
@@ -424,10 +425,6 @@ def split_rows(
     return Split(parts["train"], parts["validation"], parts["test"], parts["dropped"], seen, certificate)
 
 
-def _count_forms(rows: Iterable["Row"]) -> int:
-    return len(frozenset().union(*(row_forms(row) for row in rows)))
-
-
 # The certificate's check: it reads the rows again, by other means than the assignment (plain strings, no index of the rows).
 
 
@@ -436,14 +433,14 @@ _NO_LETTER = re.compile(r"[^\w'\u0300-\u036f]|[\d_]|''+")
 
 
 @lru_cache(maxsize=1 << 15)
-def _plain_piece(piece: str) -> list[str]:
-    text = _NO_LETTER.sub(" ", _STRAY_MARK.sub(r"\1 ", fold(piece)))
-    return [word for part in text.split() if (word := part.strip("'").removesuffix("'s"))]
+def _plain_piece(piece: str) -> str:
+    parts = _NO_LETTER.sub(" ", _STRAY_MARK.sub(r"\1 ", fold(piece))).split()
+    return " ".join([word for part in parts if (word := part.strip("'").removesuffix("'s"))])
 
 
 def _plain(text: str) -> str:
     """The words of a normalised text with a space around each, in the wide reading of the module's docstring."""
-    return f" {' '.join([word for piece in text.split() for word in _plain_piece(piece)])} "
+    return f" {' '.join(filter(None, map(_plain_piece, text.split())))} "
 
 
 @cache
@@ -469,8 +466,9 @@ class _Reading:
         for form in wanted:
             sought[min(form.split(), key=common.get)].append(form)
         for row in rows:
-            self.prompts.add(_prompt_key(row.prompt))
-            text = "|".join([*map(_plain, _contents([*row.prompt, *row.completion])), *_plain_forms(row)])
+            contents = _contents(row)
+            self.prompts.add(_prompt_key(row, contents))
+            text = "|".join([*map(_plain, contents), *_plain_forms(row)])
             words = common.keys() & text.split()
             self.words |= words
             for word in words & sought.keys():

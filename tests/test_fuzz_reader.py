@@ -305,6 +305,24 @@ def test_a_zip_whose_directory_hides_a_data_file(tmp_path):
         load_rows(path)
 
 
+def test_a_zip_whose_directory_is_read_as_a_shorter_one(tmp_path):
+    path = tmp_path / "rows.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("a.jsonl", dumps(1))
+        archive.writestr("b.jsonl", dumps(2))
+        archive.comment = b"two files"
+    content = bytearray(path.read_bytes())
+    assert questions(path) == [1, 2]
+    entry = content.index(b"PK\x01\x02")
+    content[entry + 32] = 46 + len("b.jsonl")  # the first entry's comment: all of the second entry
+    path.write_bytes(content)
+    assert zipfile.ZipFile(path).namelist() == ["a.jsonl"]
+    with pytest.raises(
+        StoneyError, match="its directory does not list as many files as it says; check that it is whole"
+    ):
+        load_rows(path)
+
+
 def test_a_parquet_row_over_the_limit(tmp_path):
     pa = pytest.importorskip("pyarrow")
     import pyarrow.parquet

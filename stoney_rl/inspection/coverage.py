@@ -9,8 +9,9 @@ such shares differ there, so each letter is tested against them:
 2. A letter that follows, or is followed by, one other letter in 95 % of its places is half of a digraph, and the two
    count as one letter.
 3. Vowels and consonants are told apart by Sukhotin's algorithm (1962; in English: Guy, Cryptologia 15, 1991): vowels
-   and consonants tend to alternate. Single letters then change sides while that makes for more alternation: the greedy
-   algorithm mistakes a very common consonant for a vowel. A marked letter goes with its base letter.
+   and consonants tend to alternate. Single letters then change sides while that makes for more alternation, and the
+   smaller side is the vowels: the greedy algorithm takes the most common letter for a vowel, which may be a consonant.
+   A marked letter goes with its base letter.
 4. Places: of a vowel, all but the end of a word; of a consonant, those before a vowel, because endings and codas differ
    more between letters. x of the n places of a letter are initial. Among the letters of a class the shares follow a beta distribution
    (beta-binomial: Skellam 1948), whose mean and spread are integrated over, given the common letters of the class
@@ -186,6 +187,9 @@ def _vowels(pairs: Counter) -> set[str]:
         if alike[worst] <= 0:
             break
         side[worst] *= -1
+    frequent = beside.sum(axis=1) >= 0.01 * beside.sum()
+    if side[frequent].sum() > 0:
+        side = -side
     return {letter for letter in letters if side[index[base[letter]]] > 0}
 
 
@@ -267,7 +271,7 @@ def _tail_tests(counts: Mapping[str, tuple[int, int]], common: set[str], tested:
     import numpy as np
     from scipy.special import betainc, betaln, gammaln, logsumexp
 
-    logit, log_s = np.meshgrid(np.linspace(-7, 5, 37), np.linspace(np.log(0.5), np.log(2000), 25), indexing="ij")
+    logit, log_s = np.meshgrid(np.linspace(-7, 5, 73), np.linspace(np.log(0.5), np.log(2000), 20), indexing="ij")
     mean = (1 / (1 + np.exp(-logit))).ravel()
     a, b = mean * np.exp(log_s).ravel(), (1 - mean) * np.exp(log_s).ravel()
     log_prior = np.log(mean * (1 - mean))  # uniform in m on a grid of its logit

@@ -47,7 +47,7 @@ def render(summary: dict, entries: Sequence[LexiconEntry], pictures: Mapping[str
         metadata_rows=[_metadata_row(column) for column in sections["schema"]["metadata"]],
         length_rows=_length_rows(sections["lengths"]),
         letter_rows=sections["orthography"]["letters"],
-        diacritic_rows=sections["orthography"]["diacritic_groups"][:MAX_GROUPS],
+        diacritic_rows=[_group_row(group) for group in sections["orthography"]["diacritic_groups"][:MAX_GROUPS]],
         coverage_rows=sections["coverage"]["letters"],
         split_rows=_as_dicts(report.split_rows(summary)),
         overlap_rows=[
@@ -128,6 +128,13 @@ def _metadata_row(column: dict) -> dict:
         "types": types,
         "values": shown,
     }
+
+
+def _group_row(group: dict) -> dict:
+    forms = [
+        f"{form['form']} ({form['rows']:,}{', ' + form['gloss'] if form['gloss'] else ''})" for form in group["forms"]
+    ]
+    return {"forms (rows, gloss)": "; ".join(forms), "reading": group["reading"]}
 
 
 def _length_rows(lengths: dict) -> list[dict]:

@@ -8,6 +8,8 @@ from stoney_rl.inspection.findings import FAILURE
 # Okabe and Ito's colours (https://jfly.uni-koeln.de/color/), told apart with any colour vision.
 BLUE, ORANGE, GREY, GREEN, RED = "#0072B2", "#E69F00", "#999999", "#009E73", "#D55E00"
 
+RARE = 0.001  # share of all places under which a letter is not drawn: mostly faults of writing
+
 # name -> what a reader sees there, for the report.
 CAPTIONS = {
     "findings": "Share of the rows that each finding concerns; orange ones would spoil training or a claim.",
@@ -133,6 +135,8 @@ def _lexicon(figure, summary: dict) -> bool:
 
 def _letters(figure, summary: dict) -> bool:
     letters = summary["sections"]["coverage"]["letters"]
+    places = sum(letter["initial"] + letter["inside"] for letter in letters)
+    letters = [letter for letter in letters if letter["initial"] + letter["inside"] >= RARE * places]
     if not letters:
         return False
     panel = figure.subplots()
