@@ -1,12 +1,14 @@
 """The lexicon that is extracted from rows beside what the rows state: precision and recall of forms, glosses, classes.
 
     python benchmarks/lexicon.py
-    python benchmarks/lexicon.py --dataset rows/ --labels labels.jsonl
+    python benchmarks/lexicon.py --dataset rows/ --labels benchmarks/lexicon_labels.jsonl
 
 Without --labels: --num_rows rows of English prose about the planted (invented) language, whose statements are known.
-With --labels: rows of --dataset that a person has labelled, a line each: {"source": "rows.jsonl:12", "forms": [{"form":
+With --labels: rows of --dataset that somebody has labelled, a line each: {"source": "rows.jsonl:12", "forms": [{"form":
 ..., "gloss": ... or null, "pos": ... or null}]}; source is the row's file and line. All rows of the data set are read
-by the annotation, those with labels are scored.
+by the annotation, those with labels are scored. benchmarks/lexicon_labels.jsonl labels 80 rows about Stoney Nakoda, by
+reading alone, blind to the code and its output, without knowledge of the language; its words are veiled (hashes), so
+that it holds none of the rows' text. --veil makes such a file of plain labels.
 
 A pair of form and gloss is right if the row states that gloss for the form: equal without case, edge punctuation and
 leading articles or "to", or one with all content words of the other. Forms and parts of speech must be equal (case
@@ -25,6 +27,7 @@ if not __package__:  # run as a script: its own folder would hide the standard l
 
 
 import argparse
+import hashlib
 import json
 import re
 import time
@@ -40,6 +43,8 @@ RESAMPLES = 2000
 KINDS = ("forms", "glosses", "pos")
 Fact = tuple[str, str | None, str | None]  # form, gloss, part of speech
 
+# Sixteen letters for hexadecimal digits: no ending of an English word can be made of them.
+_CONSONANTS = str.maketrans("0123456789abcdef", "bcdfghjkmnpqrtvw")
 _LEADING = re.compile(r"^(?:(?:an?|the|to)\s+)+")
 
 
@@ -49,13 +54,20 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--num_lexemes", type=cli.positive_int, default=1000, help="stems of the planted language")
     parser.add_argument("--seed", type=cli.non_negative_int, default=0, help="of the planted rows and the bootstrap")
     parser.add_argument("--dataset", help="file or folder of rows that --labels speaks of")
-    parser.add_argument("--labels", help="file of hand labels")
+    parser.add_argument("--labels", help="file of hand labels, plain or veiled")
+    parser.add_argument("--veil", metavar="FILE", help="only write --labels veiled: hashes for words, fit to be shared")
     parser.add_argument("--output", default="results/inspect-lexicon.json", help="file of the results")
     return parser
 
 
 def main(argv: list[str] | None = None) -> None:
     args = cli.parse_args(build_parser(), argv)
+    if args.veil:
+        if not args.labels:
+            raise StoneyError("--veil: writes --labels veiled; name them")
+        write_veiled(args.veil, read_labels(args.labels)[0])
+        print(f"{args.veil}: the labels of {args.labels}, veiled")
+        return
     if bool(args.dataset) != bool(args.labels):
         raise StoneyError("--dataset and --labels belong together: give both, or neither for the planted language")
     output = Path(args.output)
@@ -66,7 +78,8 @@ def main(argv: list[str] | None = None) -> None:
     from stoney_rl import data, lexemes
 
     if args.labels:
-        name, truth = "labels", read_labels(args.labels)
+        name = "labels"
+        truth, are_veiled = read_labels(args.labels)
         rowset = data.load_rows(args.dataset)
         annotated = [row for row in lexemes.annotate(rowset.rows) if row.source in truth]
         missing = sorted(truth.keys() - {row.source for row in annotated})
@@ -89,6 +102,8 @@ def main(argv: list[str] | None = None) -> None:
     started = time.perf_counter()
     predicted = {key: extract_facts(row) for key, row in by_key.items()}
     seconds = time.perf_counter() - started
+    if args.labels and are_veiled:
+        predicted = {key: veiled_facts(facts) for key, facts in predicted.items()}
     results = evaluate_extraction(predicted, truth, seed=args.seed)
     print(table(results))
     print(f"{len(predicted):,} rows, {seconds / len(predicted) * 1e6:.0f} microseconds a row")
@@ -121,9 +136,47 @@ def _previous(path: Path) -> dict:
     return found
 
 
-def read_labels(path: str | Path) -> dict[str, list[Fact]]:
-    """source -> (form, gloss, part of speech) of each labelled row. Raises StoneyError, with the line, for a bad one."""
+def veil(text: str) -> str:
+    """A word or form as twelve consonants that stand for its SHA-256: to be compared, not to be read."""
+    digest = hashlib.sha256(fold(text).encode()).hexdigest()[:12]
+    return digest.translate(_CONSONANTS)
+
+
+def veiled(fact: Fact) -> Fact:
+    """The fact with hashes for the form and for the gloss's content words, which are what ``same_gloss`` compares."""
+    form, gloss, pos = fact
+    return veil(form), " ".join(sorted(map(veil, content_words(gloss)))) if gloss else gloss, pos
+
+
+def veiled_facts(facts: RowFacts) -> RowFacts:
+    """What was extracted, veiled as the labels are."""
+    return RowFacts(
+        tuple(map(veil, facts.forms)),
+        tuple(veiled((form, gloss, None))[:2] for form, gloss in facts.glosses),
+        tuple((veil(form), pos) for form, pos in facts.pos),
+    )
+
+
+def write_veiled(path: str | Path, labels: Mapping[str, Iterable[Fact]]) -> None:
+    """Write labels that hold no word of the rows. Raises StoneyError if the file can't be written."""
+    lines = [
+        {"source": source, "veiled": True}
+        | {"forms": [dict(zip(("form", "gloss", "pos"), veiled(fact), strict=True)) for fact in facts]}
+        for source, facts in labels.items()
+    ]
+    try:
+        Path(path).write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    except OSError as error:
+        raise StoneyError(f"--veil {path}: can't be written ({error.strerror}); name another file") from None
+
+
+def read_labels(path: str | Path) -> tuple[dict[str, list[Fact]], bool]:
+    """source -> (form, gloss, part of speech) of each labelled row, and whether they are veiled.
+
+    Raises StoneyError, with the line, for a bad one.
+    """
     labels: dict[str, list[Fact]] = {}
+    kinds = set()
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError):
@@ -137,11 +190,14 @@ def read_labels(path: str | Path) -> dict[str, list[Fact]]:
             if not all(isinstance(form, str) and form.strip() for form, _, _ in facts):
                 raise ValueError
             labels.setdefault(value["source"], []).extend(facts)
+            kinds.add(bool(value.get("veiled")))
         except (ValueError, KeyError, TypeError, AttributeError):
             raise StoneyError(f'--labels {path} line {number}: expected {{"source": ..., "forms": [...]}}') from None
     if not labels:
         raise StoneyError(f"--labels {path} has no label")
-    return labels
+    if len(kinds) > 1:
+        raise StoneyError(f"--labels {path}: some lines are veiled and some are not; expected one kind")
+    return labels, kinds.pop()
 
 
 def same_gloss(one: str, other: str) -> bool:

@@ -195,6 +195,8 @@ class _Assignment:
 
     def __init__(self, units: list[_Unit], seed: int):
         self.units = units
+        self.sizes = [len(unit.rows) for unit in units]
+        self.own = [unit.forms for unit in units]
         self.seed = seed
         self.place: list[str | None] = [None] * len(units)
         self.mentioned_by: dict[str, list[int]] = defaultdict(list)
@@ -203,14 +205,15 @@ class _Assignment:
                 self.mentioned_by[form].append(index)
         self.components = _components(units, self.mentioned_by)
         self.held: dict[str, str] = {}  # form -> the split that it is held out for
+        self.held_for: dict[str, set[str]] = defaultdict(set)  # the same, by split
 
     @cached_property
     def parts(self) -> tuple[list[frozenset[str]], list[frozenset[str]]]:
         """What is held out where whole components do not suffice."""
-        return _families(self.units, self.mentioned_by), [unit.forms for unit in self.units]
+        return _families(self.units, self.mentioned_by), self.own
 
     def _size(self, indices: Iterable[int]) -> int:
-        return sum(len(self.units[index].rows) for index in indices)
+        return sum(map(self.sizes.__getitem__, indices))
 
     def _effect(self, forms: frozenset[str], split: str, reusable: set[int]) -> tuple[set[int], set[int]]:
         """(units that become unseen rows of ``split``, units to drop) if ``forms`` were held out too.
@@ -218,17 +221,13 @@ class _Assignment:
         ``reusable``: units that were dropped for this split, and that more held-out forms can turn into unseen rows.
         """
         new = {form for form in forms if form not in self.held}
-        touched = {index for form in new for index in self.mentioned_by[form]}
-        gained, dropped = set(), set()
-        for index in touched:
-            if self.place[index] is not None and index not in reusable:
-                continue
-            own = self.units[index].forms
-            if own and all(form in new or self.held.get(form) == split for form in own):
-                gained.add(index)
-            elif index not in reusable:
-                dropped.add(index)
-        return gained, dropped
+        touched = set().union(*(self.mentioned_by[form] for form in new))
+        movable = [index for index in touched if self.place[index] is None or index in reusable]
+        held = self.held_for[split]
+        held |= new
+        gained = {index for index in movable if self.own[index] and self.own[index] <= held}
+        held -= new
+        return gained, {index for index in movable if index not in gained and index not in reusable}
 
     def _cost(self, forms: frozenset[str], split: str, reusable: set[int]) -> tuple[int, int, set[int], set[int]]:
         """(rows gained, rows lost, units gained, units dropped); a dropped row that is gained after all counts as -1."""
@@ -248,6 +247,7 @@ class _Assignment:
         def take(forms: frozenset[str], gained: set[int], dropped: set[int]) -> None:
             nonlocal got
             self.held.update(dict.fromkeys(forms, split))
+            self.held_for[split].update(forms)
             for index in gained:
                 self.place[index] = split
             for index in dropped:

@@ -379,3 +379,26 @@ def test_real_rows(tmp_path):
     assert read_lexicon(write_lexicon(tmp_path / "lexicon.jsonl", entries)) == entries
     forms = set(keys)
     assert not any(fold(gloss) in forms and not gloss.isascii() for entry in entries for gloss, _ in entry.glosses)
+
+
+def test_veiled_labels_score_as_plain_ones(tmp_path):
+    """No word stands in them, and every comparison comes out as with the words themselves."""
+    plain = {
+        "a": [("tâlo", "to gather", "verb"), ("mîva", "a heavy rain", "Nouns"), ("dovi", None, None)],
+        "b": [("zûfi", "running water", None)],
+    }
+    found = {
+        "a": extract_facts(
+            row("q", '"Tâlo" is a verb meaning "gathers". "mîva", a noun, means "rain".', "Tâlo", "mîva")
+        ),
+        "b": extract_facts(row("q", '"zûfi" means "fire".', "zûfi")),
+    }
+    benchmark.write_veiled(tmp_path / "veiled.jsonl", plain)
+    text = (tmp_path / "veiled.jsonl").read_text(encoding="utf-8")
+    assert not any(word in text for word in ("tâlo", "mîva", "dovi", "gather", "rain", "heavy", "water"))
+    labels, are_veiled = benchmark.read_labels(tmp_path / "veiled.jsonl")
+    assert are_veiled
+    veiled = {key: benchmark.veiled_facts(facts) for key, facts in found.items()}
+    scores = benchmark.evaluate_extraction(found, plain)
+    assert benchmark.evaluate_extraction(veiled, labels) == scores
+    assert (scores["glosses"]["found_right"], scores["glosses"]["found"], scores["glosses"]["stated"]) == (2, 3, 3)
