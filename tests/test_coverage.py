@@ -61,11 +61,13 @@ def test_data_without_words_or_letters(forms):
 
 
 def test_vowels_are_found_although_a_consonant_is_the_most_frequent_letter():
-    # Half of the consonants are l, so that the greedy algorithm begins with l.
+    # The greedy algorithm begins with l, the most frequent letter. Where l is a third of the consonants, it stands alone
+    # among the vowels; where it is half, the vowels end up as the consonants.
     rng = random.Random(0)
-    words = {"".join(rng.choice("bdgkmnllllll") + rng.choice("aeiouâîû") for _ in range(3)) for _ in range(500)}
-    assert Counter("".join(words)).most_common(1)[0][0] == "l"
-    assert set(find(words).figures["vowels"]) == set("aeiouâîû")
+    for consonants in ("bdgkmnlll", "bdgkmnllllll"):
+        words = {"".join(rng.choice(consonants) + rng.choice("aeiou") for _ in range(3)) for _ in range(500)}
+        assert Counter("".join(words)).most_common(1)[0][0] == "l"
+        assert set(find(words).figures["vowels"]) == set("aeiou")
     assert set(find(STEMS).figures["vowels"]) == set(NASAL_VOWELS + VOWELS)
 
 
@@ -154,6 +156,16 @@ def test_a_rule_that_other_letters_follow_too_is_no_gap():
     assert find(words).findings == []
 
 
+def test_a_letter_that_only_ends_words_is_no_gap():
+    # Vowels begin half of the words here, and a third of the words end in y, which is found nowhere else.
+    rng = random.Random(0)
+    words = ["".join(rng.choice("bdfgklmnpstv") + rng.choice("aeiou") for _ in range(3))[n % 2 :] for n in range(1500)]
+    section = find(word[:-1] + "y" if rng.random() < 1 / 3 else word for word in words)
+    assert set(section.figures["vowels"]) == set("aeiouy")
+    assert all(by_letter(section)[letter]["noticeable"] for letter in "aeiou")
+    assert section.findings == []
+
+
 def test_a_hint_is_a_note():
     # Few words, and a letter with a diacritic, which takes more evidence.
     section = find(stem for stem in PlantedLanguage(0, 400).stems if stem[0] != "ṯ")
@@ -177,9 +189,10 @@ def test_natural_languages_without_a_gap(language):
 
 
 def test_natural_language_with_a_gap():
-    (rows,) = benchmark.samples("it", 5000, 1)
+    # The other consonants tell, not rare or marked ones such as ç, which begin hardly any word by rule.
+    (rows,) = benchmark.samples("pt", 5000, 1)
     assert benchmark.find(rows)[0] == set()
-    for letter in "tr":
+    for letter in "nm":
         assert benchmark.find([row for row in rows if row[0][0] != letter])[0] == {letter}
 
 

@@ -1,6 +1,7 @@
 """The forms of a row, told from its English. All language forms are invented, but for the rows under real_data."""
 
 import os
+import re
 import subprocess
 import sys
 import time
@@ -12,7 +13,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stoney_rl.data import Row, load_rows
-from stoney_rl.lexemes import annotate, contains_form, english_test, extract_lexemes, quoted_forms, target_forms
+from stoney_rl.lexemes import (
+    _tokens,
+    annotate,
+    contains_form,
+    english_test,
+    extract_lexemes,
+    quoted_forms,
+    target_forms,
+)
 from stoney_rl.text import fold
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -41,6 +50,8 @@ def row(question, answer, *, lexemes=(), row_id="r", **metadata):
         ('a 6" pipe and "tâlo,"', ["tâlo"]),
         ("nothing is quoted here, isn't it", []),
         ("\"\" and `` and ''", []),
+        ("x\"tâlo\" y'mîva' \"mîva\"z 'tâlo'_", []),  # no mark beside a word quotes
+        ("`say \"it's 'tâlo' here\"`, `it's`", ["tâlo", "it's"]),
     ],
 )
 def test_quoted_forms(text, expected):
@@ -60,6 +71,9 @@ def test_quoted_forms(text, expected):
         # unquoted forms
         ("Compare tâlo and mîva (to sleep).", "Liva-, lôva.", ["tâlo", "mîva", "lôva"]),
         ("What does the word falovach mean?", "It is a noun.", ["falovach"]),
+        ("Say the verb vedach \nor the noun \nfalovach.", "", ["vedach", "falovach"]),
+        ("Use word falovach; a password vedach, verb: lova", "", ["falovach"]),
+        ("", "the word lova vedach, and lova again", ["lova vedach"]),
         # affixes are no lexemes; the citation form of a stem is
         ("What do the prefix \"vuẖ-\" and the suffixes '-ṯel' or `-ẖov` mark in `vuẖtâlo`?", "Person.", ["vuẖtâlo"]),
         ('The roots "vedag-" or "vedâg-" recur in "vedaga-".', "Yes.", ["vedaga"]),
@@ -158,6 +172,14 @@ def test_contains_form(text, form, expected):
     assert contains_form(text, form) is expected
 
 
+tokens_letter_by_letter = re.compile(r"-?[^\W\d_][\u0300-\u036f]*(?:['\-]?[^\W\d_][\u0300-\u036f]*)*-?")
+
+
+@given(st.text(alphabet="abâṯ'-_ 1\u0331\u0301\n,", max_size=40))
+def test_a_token_is_letters_with_their_marks_joined_by_single_marks(text):
+    assert list(_tokens(text)) == tokens_letter_by_letter.findall(text)
+
+
 words_of_text = st.lists(st.sampled_from(["tâlo", "talo", "tâloṯel", "mîva", "ne", "Ne"]), max_size=8)
 
 
@@ -191,6 +213,21 @@ def test_long_hostile_text_is_read_in_linear_time():
     for text in ("'a " * 30_000, '"a' * 30_000, "`" * 60_000, '"vuẖ- ' * 20_000, "tâlo " * 20_000):
         extract_lexemes(text, "")
     assert time.perf_counter() - start < 10  # it takes less than a second
+
+
+def test_annotate_in_linear_time():
+    def seconds(count):
+        texts = [
+            f"{at} is the verb lova{'abcdefgh'[at % 8]}: " + "they gather reeds at dusk, " * 9 for at in range(count)
+        ]
+        rows = [row(text, f'It is "tâlo{at % (count // 4)}va" or "to gather".') for at, text in enumerate(texts)]
+        start = time.process_time()
+        annotate(rows)
+        return time.process_time() - start
+
+    seconds(100)
+    # All-pairs work would take 16 times as long for four times the rows.
+    assert min(seconds(2000) for _ in range(2)) < 10 * min(seconds(500) for _ in range(2))
 
 
 def test_without_the_word_list_the_error_says_what_to_install():

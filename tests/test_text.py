@@ -1,5 +1,7 @@
 """The one normaliser. Code points are spelled out, so that no editor can make a test pass."""
 
+import re
+import sys
 import unicodedata
 
 import pytest
@@ -75,6 +77,25 @@ def test_irregularities(text, kinds):
 def test_text_is_regular_if_normalising_only_strips_it(text):
     assert not irregularities(normalize(text))
     assert bool(irregularities(text)) == (normalize(text) != text.strip())
+
+
+def test_normalize_does_its_steps_for_every_code_point():
+    # normalize leaves out the steps that can change nothing; here none is left out.
+    invisible = {*range(0x09), 0x0B, 0x0C, *range(0x0E, 0x20), *range(0x7F, 0xA0), 0xAD, 0x200B, 0x200E, 0x200F, 0xFEFF}
+    invisible |= {*range(0x202A, 0x202F), *range(0x2066, 0x206A)}
+    for code in range(sys.maxunicode + 1):
+        text = f"a{chr(code)}b" if code not in invisible else "ab"
+        text = unicodedata.normalize("NFC", "a\nb" if code == 0x0D else text)
+        expected = "".join("'" if char in APOSTROPHES else char for char in text)
+        assert normalize(f"a{chr(code)}b") == expected, hex(code)
+
+
+words_letter_by_letter = re.compile(r"[^\W\d_][\u0300-\u036f]*(?:['\-]?[^\W\d_][\u0300-\u036f]*)*")
+
+
+@given(st.text(alphabet="abÂ\u1e6f'-_ 1\u0331\u0301\u2019\n,ß", max_size=40))
+def test_words_are_letters_with_their_marks_joined_by_single_marks(text):
+    assert words(text) == words_letter_by_letter.findall(normalize(text))
 
 
 @pytest.mark.parametrize(
