@@ -1,0 +1,160 @@
+"""Attack a reward before anyone trains on it: what can be earned without answering?
+
+    python probe_rewards.py
+    python probe_rewards.py --dataset prepared
+    python probe_rewards.py --dataset prepared --reward composite=0.8 --reward my_rewards:politeness=0.2
+    python probe_rewards.py --weights R_dict=0.5 R_lex=0.2 --base_model checkpoints/smollm2-135m
+
+Reads: a prepared directory (its rows and its lexicon), or rows and --lexicon; without arguments the planted sample.
+Runs every attack of stoney_rl/rewards/attacks.py on the reward, beside the gold answer, a right answer in other words and
+an honest miss, and policies that have learned nothing. Prints a table; --output writes it as JSON.
+Exit codes: 0 nothing found, 1 the reward can be gamed, 2 bad input, 130 interrupted.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from stoney_rl import checkpoints, cli, prepared, tracking
+from stoney_rl.errors import StoneyError
+
+PLANTED_ROWS, PLANTED_LEXICON = "data/planted/rows.jsonl", "data/planted/lexicon.jsonl"
+EXIT_GAMED = 1
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = cli.make_parser(__doc__)
+    data = parser.add_argument_group("rows")
+    data.add_argument("--dataset", help="prepared directory, file or folder of rows; default: the planted sample")
+    data.add_argument("--lexicon", help="lexicon file; default: the prepared directory's own")
+    data.add_argument("--num_samples", type=cli.positive_int, default=100, help="rows to attack, drawn by --seed")
+    data.add_argument("--seed", type=cli.non_negative_int, default=0, help="of the rows and the attacks")
+
+    reward = parser.add_argument_group("the reward")
+    reward.add_argument("--reward", action="append", default=[], metavar="NAME[=WEIGHT]",
+                        help="repeatable: composite, or package.module:function with TRL's signature; default: composite")  # fmt: skip
+    reward.add_argument("--weights", nargs="+", default=[], metavar="TERM=WEIGHT", help="of the composite's terms")
+    reward.add_argument("--encoder", help="sentence encoder for R_sem: folder or hub id; without one it is off")
+
+    policy = parser.add_argument_group("null policy")
+    policy.add_argument("--base_model", help="a checkpoint whose answers must earn less than an honest answer")
+    policy.add_argument("--max_new_tokens", type=cli.positive_int, default=64, help="tokens an answer at most")
+    policy.add_argument("--batch_size", type=cli.positive_int, default=16, help="prompts at a time")
+    parser.add_argument("--output", help="file for the result as JSON")
+    cli.add_tracking_flags(parser)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = cli.parse_args(build_parser(), argv)
+    tracking.load_env()
+    weights = read_weights(args.weights)
+
+    # 1. The rows, what is known of the language, and the reward.
+    from stoney_rl.rewards import probe
+    from stoney_rl.rewards.composite import DEFAULT_WEIGHTS, Composite, Task
+    from stoney_rl.rewards.encoder import load_encoder
+    from stoney_rl.rewards.knowledge import load_knowledge
+    from stoney_rl.rewards.plugins import load_plugins, scorer
+
+    dataset, lexicon = find_data(args)
+    knowledge = load_knowledge(lexicon)
+    rows = read_rows(dataset)
+    tasks = [Task.of(row) for row in rows]
+    plugins = load_plugins(args.reward or ["composite"])
+    composite = Composite(knowledge, DEFAULT_WEIGHTS | weights, load_encoder(args.encoder) if args.encoder else None)
+    print(f"{dataset}: {len(rows):,} rows; {lexicon}: {len(knowledge.forms):,} forms, "
+          f"{len(knowledge.segments):,} with a segmentation", flush=True)  # fmt: skip
+
+    # 2. The attacks.
+    policies = {}
+    if args.base_model:
+        chosen = set(probe.sample(tasks, args.num_samples, args.seed))
+        asked = [row for row, task in zip(rows, tasks, strict=True) if task in chosen]
+        policies[Path(args.base_model).name] = generate(args, asked)
+    report = probe.probe(
+        scorer(plugins, composite),
+        tasks,
+        knowledge,
+        num_samples=args.num_samples,
+        seed=args.seed,
+        policies=policies,
+        progress=lambda name: print(f"attacking: {name} ...", file=sys.stderr, flush=True),
+    )
+    print("\n" + probe.as_text(report))
+
+    # 3. The result.
+    if args.output:
+        result = checkpoints.describe_stage("probe", arguments=vars(args), seed=args.seed, **report.as_dict())
+        Path(args.output).parent.mkdir(parents=True, exist_ok=True)
+        checkpoints.write_json(Path(args.output), result)
+    tracker = tracking.start_stage("probe_rewards", args, name=f"probe-{Path(dataset).name}",
+                                   group=checkpoints.tracked(dataset).get("group"))  # fmt: skip
+    tracker.use_artifact(checkpoints.tracked(dataset).get("artifact"))
+    tracker.log({f"probe/{line['name']}": line["mean"] for line in report.lines if line["mean"] is not None})
+    tracker.log({"probe/problems": len(report.problems)})
+    columns = ["kind", "name", "rows", "unscored", "mean", "beats honest", "beats miss", "where"]
+    tracker.table("probe", columns, [[line.get(key) for key in columns] for line in report.lines])
+    tracker.finish()
+    return EXIT_GAMED if report.problems else 0
+
+
+def read_weights(pairs: list[str]) -> dict[str, float]:
+    """``TERM=WEIGHT`` pairs as a dictionary. Raises ``StoneyError`` for one that is none; names are checked later."""
+    weights = {}
+    for pair in pairs:
+        name, _, number = pair.partition("=")
+        try:
+            weights[name] = float(number)
+        except ValueError:
+            raise StoneyError(f"--weights {pair}: expected TERM=WEIGHT, such as R_dict=0.3") from None
+    return weights
+
+
+def find_data(args: argparse.Namespace) -> tuple[str, str]:
+    """The rows and the lexicon to use. Raises ``StoneyError`` where rows come without a lexicon."""
+    if args.dataset is None:
+        root = Path(__file__).resolve().parent
+        return str(root / PLANTED_ROWS), args.lexicon or str(root / PLANTED_LEXICON)
+    if args.lexicon is None and not prepared.is_prepared(args.dataset):
+        raise StoneyError(
+            f"--dataset {args.dataset}: no prepared directory, so there is no lexicon: give one with --lexicon, or make both "
+            f"with: python inspect_hf_dataset.py --dataset {args.dataset} --output_dir prepared"
+        )
+    return args.dataset, args.lexicon or args.dataset
+
+
+def read_rows(dataset: str) -> list:
+    """The rows to attack, with their forms: of a prepared directory its training rows."""
+    from stoney_rl import data, lexemes
+
+    if prepared.is_prepared(dataset):
+        return prepared.read(dataset)[1].train
+    return lexemes.annotate(data.load_rows(dataset).rows)
+
+
+def generate(args: argparse.Namespace, rows: list) -> list[str]:
+    """Greedy answers of --base_model to the rows' prompts."""
+    from stoney_rl import generation, models, prompts
+    from stoney_rl.models import find_model, resolve_unpublished
+
+    source = find_model(resolve_unpublished(args.base_model)[0])
+    tokenizer = models.load_tokenizer(source)
+    prompts.prepare_tokenizer(tokenizer)
+    model = models.load_model(source, models.inference_dtype("auto")).to(models.device())
+    texts = [""] * len(rows)
+    for batch in generation.generate(
+        model,
+        tokenizer,
+        [prompts.encode_prompt(tokenizer, row.prompt) for row in rows],
+        ends=prompts.end_of_turn_ids(tokenizer),
+        max_new_tokens=args.max_new_tokens,
+        batch_size=args.batch_size,
+    ):
+        for done in batch:
+            texts[done.index] = done.text
+    return texts
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,200 @@
+"""The terms of the reward, each a pure function on lists: one value a row, None where there is nothing to score.
+
+Answers are ``completions.parse(...).answer``; questions and references are normalised rows; a row's ``wanted`` are the
+forms that it asks for (``lexemes.target_forms``), an empty list where the answer is English. README.md beside this file
+works an example of each by hand and says what each can't see.
+"""
+
+from collections.abc import Callable, Sequence
+
+from stoney_rl.lexemes import contains_form
+from stoney_rl.metrics import chrf
+from stoney_rl.rewards.knowledge import Knowledge, language_words
+from stoney_rl.text import fold, words
+
+# R_dict of an answer that tries: an attested form of up to so many words, the wrong one. Any right form is worth more.
+ATTEMPT, ATTEMPT_WORDS = 0.1, 3
+MAX_REPEATS = 3  # times that a wanted form may stand in an answer, as it does in a sentence that explains it
+MAX_REASONING_WORDS = 200
+# An answer may be twice as long as the reference, or this many characters longer; at twice that it earns nothing.
+FREE_LENGTH, FREE_CHARACTERS = 2.0, 120
+
+Values = list[float | None]
+
+
+def lexical(answers: Sequence[str], references: Sequence[str], questions: Sequence[str]) -> Values:
+    """R_lex in [0, 1]: sentence chrF++ with the reference, above what copying the question earns.
+
+    max(0, (c - f) / (1 - f)) with c = chrF++(answer, reference) / 100 and f = chrF++(question, reference) / 100
+    (chrF++: Popović 2017, ``metrics.chrf``). The gold answer earns 1, an echo of the question 0. None where the
+    reference has no word: an unreadable reference can't be matched.
+    """
+    usable = [row for row, reference in enumerate(references) if words(reference)]
+    values: Values = [None] * len(references)
+    if not usable:
+        return values
+    scores = []
+    for texts in (answers, questions):
+        predictions, wanted = [texts[row] for row in usable], [references[row] for row in usable]
+        counts = chrf.statistics(predictions=predictions, references=wanted)
+        scores.append(chrf.score_from_counts(counts) / 100)
+    for row, score, floor in zip(usable, *scores, strict=True):
+        # A question that is its own answer leaves nothing to earn.
+        values[row] = float(max(0.0, (score - floor) / (1 - floor))) if floor < 1 else None
+    return values
+
+
+def semantic(answers: Sequence[str], references: Sequence[str], encode: Callable[[list[str]], object] | None) -> Values:
+    """R_sem in [0, 1]: cosine of the two texts' sentence vectors, negative ones as 0. None without an encoder.
+
+    ``encode``: texts -> float array [text, dimension], rows of length 1.
+    """
+    if encode is None:
+        return [None] * len(answers)
+    usable = [row for row, reference in enumerate(references) if words(reference)]
+    values: Values = [None] * len(answers)
+    if usable:
+        ours, theirs = encode([answers[row] or " " for row in usable]), encode([references[row] for row in usable])
+        for row, cosine in zip(usable, (ours * theirs).sum(axis=1), strict=True):
+            values[row] = float(min(1.0, max(0.0, cosine))) if answers[row] else 0.0
+    return values
+
+
+def dictionary(
+    answers: Sequence[str],
+    wanted: Sequence[Sequence[str]],
+    allowed: Sequence[Sequence[str]],
+    knowledge: Knowledge,
+) -> Values:
+    """R_dict in [0, 1]: are the forms asked for there, and no others?
+
+    With h of n wanted forms in the answer and e others: ATTEMPT + (1 - ATTEMPT) F1 with precision h / (h + e) and recall
+    h / n. e counts the different words that look like the language's and are neither wanted nor ``allowed`` (of the
+    question or the reference), and each time that a wanted form stands there more than ``MAX_REPEATS`` times. With no
+    wanted form: ATTEMPT, if there are such words and all are attested, times ATTEMPT_WORDS / e where there are more of
+    them; else 0. None for a row that asks for no form.
+    """
+    values: Values = []
+    for answer, forms, own in zip(answers, wanted, allowed, strict=True):
+        if not forms:
+            values.append(None)
+            continue
+        found = sum(contains_form(answer, form) for form in forms)
+        others, repeats = _others(answer, forms, own)
+        extra = len(others) + repeats
+        if found:
+            precision, recall = found / (found + extra), found / len(forms)
+            values.append(ATTEMPT + (1 - ATTEMPT) * 2 * precision * recall / (precision + recall))
+        else:
+            tried = others and others <= knowledge.attested
+            values.append(ATTEMPT * min(1.0, ATTEMPT_WORDS / len(others)) if tried else 0.0)
+    return values
+
+
+def hit(answers: Sequence[str], wanted: Sequence[Sequence[str]]) -> Values:
+    """The share of wanted forms that stand in the answer, in [0, 1]; None for a row that asks for no form."""
+    return [
+        sum(contains_form(answer, form) for form in forms) / len(forms) if forms else None
+        for answer, forms in zip(answers, wanted, strict=True)
+    ]
+
+
+def _others(answer: str, forms: Sequence[str], own: Sequence[str]) -> tuple[set[str], int]:
+    """Words that look like the language's and are nobody's; how often wanted words stand there beyond the limit."""
+    mine = {word for form in forms for word in words(fold(form))}
+    found = language_words(answer)
+    repeats = sum(found.count(word) - MAX_REPEATS for word in mine if found.count(word) > MAX_REPEATS)
+    return set(found) - mine - set(own), repeats
+
+
+def morphology(answers: Sequence[str], wanted: Sequence[Sequence[str]], knowledge: Knowledge) -> Values:
+    """R_morph in [0, 1]: the affixes that the wanted form needs, on the right stem, diacritics exact.
+
+    For each wanted form with a known segmentation of at least two morphs: the best word of the answer that holds the
+    stem, scored by the share of the other morphs that stand at their place, before or after it, side by side; 1 for the
+    form itself, 0 without the stem. The mean over such forms; None where there is none: an empty list of affixes earns
+    nothing and loses nothing.
+    """
+    values: Values = []
+    for answer, forms in zip(answers, wanted, strict=True):
+        there = words(fold(answer))
+        scores = [
+            max((_affixes(word, key, knowledge) for word in there), default=0.0)
+            for key in map(fold, forms)
+            if len(knowledge.segments.get(key, ())) > 1
+        ]
+        values.append(sum(scores) / len(scores) if scores else None)
+    return values
+
+
+def _affixes(word: str, form: str, knowledge: Knowledge) -> float:
+    """The share of the form's affixes that ``word`` has in their places around the form's stem."""
+    if word == form:
+        return 1.0
+    segments, stem = knowledge.segments[form], knowledge.stems[form]
+    if stem not in segments or stem not in word:
+        return 0.0
+    at = len(segments) - 1 - segments[::-1].index(stem)  # of a reduplicated stem, the whole one is the last
+    right, start = 0, word.rindex(stem)
+    before, after = word[:start], word[start + len(stem) :]
+    for morph in reversed(segments[:at]):
+        if not before.endswith(morph):
+            break
+        before, right = before.removesuffix(morph), right + 1
+    for morph in segments[at + 1 :]:
+        if not after.startswith(morph):
+            break
+        after, right = after.removeprefix(morph), right + 1
+    return right / (len(segments) - 1)
+
+
+def hallucination(answers: Sequence[str], allowed: Sequence[Sequence[str]], knowledge: Knowledge) -> Values:
+    """P_hall in [0, 1], a penalty: the share of the answer's words of the language that nothing attests.
+
+    A word is attested by the lexicon, or ``allowed`` (of the question or the reference). None where the answer has no
+    word that looks like the language's.
+    """
+    values: Values = []
+    for answer, own in zip(answers, allowed, strict=True):
+        found = language_words(answer)
+        invented = [word for word in found if word not in knowledge.attested and word not in own]
+        values.append(len(invented) / len(found) if found else None)
+    return values
+
+
+def reasoning(
+    traces: Sequence[str | None], answers: Sequence[str], allowed: Sequence[Sequence[str]], knowledge: Knowledge
+) -> Values:
+    """R_cot in [0, 1]: the trace is bounded, grounded, and leads to the answer; None without a trace.
+
+    bounded x grounded x consistent: 1 up to ``MAX_REASONING_WORDS`` words, falling to 0 at twice that; the share of the
+    trace's words of the language that are attested or allowed (0 if it has none while the answer has some); the share of
+    the answer's words of the language that the trace arrived at.
+    """
+    values: Values = []
+    for trace, answer, own in zip(traces, answers, allowed, strict=True):
+        if trace is None:
+            values.append(None)
+            continue
+        bounded = _falling(len(words(trace)), MAX_REASONING_WORDS)
+        used, given = language_words(trace), set(language_words(answer))
+        known = [word for word in used if word in knowledge.attested or word in own]
+        grounded = len(known) / len(used) if used else float(not given)
+        consistent = len(given & set(used)) / len(given) if given else 1.0
+        values.append(bounded * grounded * consistent if words(trace) and answer else 0.0)
+    return values
+
+
+def brevity(answers: Sequence[str], references: Sequence[str]) -> Values:
+    """R_brev in [0, 1]: 1 up to the free length, falling to 0 at twice that; 0 for no answer.
+
+    Free are the larger of ``FREE_LENGTH`` times the reference and ``FREE_CHARACTERS`` more than it, in characters.
+    """
+    return [
+        _falling(len(answer), max(FREE_LENGTH * len(reference), len(reference) + FREE_CHARACTERS)) if answer else 0.0
+        for answer, reference in zip(answers, references, strict=True)
+    ]
+
+
+def _falling(length: int, free: float) -> float:
+    return max(0.0, min(1.0, 2 - length / free)) if free else 0.0
