@@ -113,9 +113,14 @@ def is_listed_english(word: str) -> bool:
     return not (_is_marked(word) or word.startswith("-") or word.endswith("-")) and _listed(_folded(word))
 
 
-@lru_cache(maxsize=1 << 14)
-def _tokens(span: str) -> tuple[str, ...]:
-    return tuple(_TOKEN.findall(span))
+@lru_cache(maxsize=1 << 15)
+def _tokens_of(piece: str) -> tuple[str, ...]:
+    return tuple(_TOKEN.findall(piece))
+
+
+def _tokens(text: str) -> list[str]:
+    # In pieces, as white space cuts the text: most pieces of a text are those of other texts too.
+    return list(chain.from_iterable(map(_tokens_of, text.split())))
 
 
 def _spans(text: str) -> list[tuple[int, int]]:
@@ -154,7 +159,6 @@ def _key(word: str) -> str:
 
 @lru_cache(maxsize=1 << 15)
 def _keys(piece: str) -> tuple[str, ...]:
-    """The keys of the tokens in what stands between two white spaces."""
     return tuple(map(_key, _TOKEN.findall(piece)))
 
 

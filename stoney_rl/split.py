@@ -425,7 +425,7 @@ def split_rows(
     return Split(parts["train"], parts["validation"], parts["test"], parts["dropped"], seen, certificate)
 
 
-# The certificate's check: it reads the rows again, by other means than the assignment (plain strings, no index of the rows).
+# The certificate's check: it reads the rows again, by other means than the assignment (a search in plain strings).
 
 
 _STRAY_MARK = re.compile(r"(^|[^\w\u0300-\u036f]|[\d_])[\u0300-\u036f]+")

@@ -71,7 +71,7 @@ def test_quoted_forms(text, expected):
         # unquoted forms
         ("Compare tâlo and mîva (to sleep).", "Liva-, lôva.", ["tâlo", "mîva", "lôva"]),
         ("What does the word falovach mean?", "It is a noun.", ["falovach"]),
-        ("Say the verb vedach \nor the noun \nfalovach.", "", ["vedach", "falovach"]),
+        ("What does it mean, the noun \nfalovach?", "", ["falovach"]),
         ("Use word falovach; a password vedach, verb: lova", "", ["falovach"]),
         ("", "the word lova vedach, and lova again", ["lova vedach"]),
         # affixes are no lexemes; the citation form of a stem is
@@ -81,7 +81,7 @@ def test_quoted_forms(text, expected):
         ("All of them start with `mî-`: `mîva` does.", "Yes.", ["mîva"]),
         # English in the same quotes
         ("`tâlo (to gather)` or `tâlo/mîva`?", '"we would say mîva in the evening"', ["tâlo", "mîva"]),
-        ('A typing mistake: "gresn grass".', "Yes.", []),
+        ('A typing mistake: "gresn grass", "to vedach".', "Yes.", []),
         # single letters, British spelling, hyphen compounds, grammar
         ('Vowel "â" in "behaviour", "light-coloured" and "an active transitive verb"?', "No.", []),
         ("", "", []),

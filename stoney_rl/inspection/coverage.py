@@ -68,7 +68,8 @@ def find(forms: Mapping[str, int]) -> Section:
     significance; ``never_initial`` (note) those for which the test, uncorrected, gives a hint. Figures under
     ``letters`` are per letter, most frequent first: distinct words that begin with it (``initial``; ``later`` in
     phrases), its places ``inside`` words, how many initial places were ``expected``, p, corrected p, class, verdict, and
-    whether it would be ``noticeable`` if all words that begin with it were left out: small data hides a gap.
+    whether a gap would be noticed if all rows with words that begin with it were left out (``noticeable``), or only the
+    forms that begin with it, so that phrases still contain such words (``noticeable_headwords``): small data hides gaps.
     """
     split = [parts for parts in ([w for word in words(form) for w in word.split("-")] for form in forms) if parts]
     first = dict.fromkeys(parts[0] for parts in split)
@@ -223,9 +224,10 @@ def _letters(spelling: _Spelling) -> list[dict]:
 
     corrected = _holm([test.p for _, test in tests])
     results: dict[str, tuple] = {}  # of a letter, what tells most: a gap by direct evidence, a gap, a hint
-    noticeable = {
-        test.letter for kind, test in tests if kind == GAP and test.p_if_none * len(tests) < _alpha(test.letter)
-    }
+    noticeable = {kind: set() for kind in (GAP, GAP_ELSEWHERE)}
+    for kind, test in tests:
+        if test.p_if_none * len(tests) < (ALPHA if kind == GAP_ELSEWHERE else _alpha(test.letter)):
+            noticeable[kind].add(test.letter)
     order = (GAP_ELSEWHERE, GAP, RARE, FINE)
     for (kind, test), p in zip(tests, corrected, strict=True):
         few = initial[test.letter] <= max(STRAY, STRAY_SHARE * test.expected)
@@ -242,7 +244,8 @@ def _letters(spelling: _Spelling) -> list[dict]:
         if letter in results:
             verdict, test, p = results[letter]
             row |= {"expected": test.expected, "p": test.p, "p_corrected": p, "verdict": verdict}
-        rows.append(row | {"noticeable": letter in noticeable})
+        row |= {"noticeable": letter in noticeable[GAP]}
+        rows.append(row | {"noticeable_headwords": letter in noticeable[GAP_ELSEWHERE]})
     return rows
 
 
