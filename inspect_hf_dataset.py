@@ -6,7 +6,7 @@
     python inspect_hf_dataset.py --dataset my_rows/ --drop exact_duplicates --drop near_duplicates --output_dir prepared
 
 Reads: rows from a hub id, a file or a folder (any mix of the known schemas).
-Writes: inspection/<name>/ with report.html, report.json, report.txt, findings.jsonl, lexicon.jsonl, quarantine.jsonl and
+Writes: inspection/<dataset>/ with report.html, report.json, report.txt, findings.jsonl, lexicon.jsonl, quarantine.jsonl and
 plots/; with --output_dir the same there, and train, validation and test rows as parquet with their certificate: a
 directory that every later stage takes as --dataset. The same source, seed and arguments give the same files, but for
 the date and the W&B run in stage.json.
@@ -17,8 +17,10 @@ Exit codes: 0 done, 1 with --strict if there are findings that would spoil train
 import argparse
 import json
 import os
+import re
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from stoney_rl import checkpoints, cli, prepared, runs, tracking
@@ -70,7 +72,7 @@ def main(argv: list[str] | None = None) -> int:
     check_args(args)
     tracking.load_env()
     os.environ["TOKENIZERS_PARALLELISM"] = "true"  # nothing is forked here
-    output = Path(args.output_dir or Path("inspection") / Path(args.dataset).resolve().name)
+    output = Path(args.output_dir or Path("inspection") / report_name(args.dataset))
     overwrite = may_replace(output, args)
     tokenizer_source = find_tokenizer(args.tokenizer) if args.tokenizer else None
 
@@ -95,23 +97,26 @@ def main(argv: list[str] | None = None) -> int:
         from stoney_rl.text import fold
 
         tokenizer, why_not = load_tokenizer(tokenizer_source)
+        # Tokenizing runs outside Python's lock: a second core counts tokens while this one goes on.
+        pool = ThreadPoolExecutor(1)
+        tokens = pool.submit(lengths.find, rows, args.max_length, tokenizer, why_not)
         entries = step("lexicon", lambda: lexicon.build_lexicon(rows))
         gloss_of = {fold(entry.form): entry.glosses[0][0] for entry in entries if entry.glosses}
         sections = [
             step("schema", lambda: schema.find(rowset, rows)),
             step("repeats", lambda: repeats.find(rows, threshold=args.near_duplicate_threshold, seed=args.seed)),
-            step("lengths", lambda: lengths.find(rows, args.max_length, tokenizer, why_not)),
             step("orthography", lambda: orthography.find(rowset, rows, glosses=gloss_of)),
             step("meanings", lambda: meanings.find(entries, rows)),
             step("coverage", lambda: coverage.find({fold(entry.form): entry.count for entry in entries})),
+            step("lengths", tokens.result),
         ]
 
         # 3. The split of the rows that are kept.
-        rowset, rows = report.leave_out(rowset, rows, sections, args.drop)
+        kept, rows = report.leave_out(rowset, rows, sections, args.drop)
         asked = {key: getattr(args, key) for key in corpus.SPLIT_DEFAULTS if getattr(args, key) is not None}
         try:
             split = earlier[1] if earlier else step(
-                "split", lambda: corpus.split_as(rows, rowset.sha256, **(corpus.SPLIT_DEFAULTS | asked))
+                "split", lambda: corpus.split_as(rows, kept.sha256, **(corpus.SPLIT_DEFAULTS | asked))
             )  # fmt: skip
         except StoneyError as error:
             if args.output_dir:
@@ -123,17 +128,17 @@ def main(argv: list[str] | None = None) -> int:
             sections.append(splits.find(split, rows, pos_of))
 
         # 4. The directory.
-        summary = report.summarise(rowset, sections, arguments=identity["arguments"])
+        summary = report.summarise(rowset, sections, arguments=identity["arguments"], kept=len(kept.rows))
         text = report.as_text(summary, entries)
         tracker = tracking.start_stage("inspect_hf_dataset", args, name=output.name)
         if args.output_dir:
-            prepared.write(work, rowset, split)
-        report.write(work, summary, text, sections, entries, rowset)
+            prepared.write(work, kept, split)
+        report.write(work, summary, text, sections, entries, kept)
         stage = checkpoints.describe_stage(
             prepared.STAGE if args.output_dir else REPORT_STAGE,
             arguments=vars(args),
             seed=args.seed,
-            data=corpus.Corpus(rowset, split).describe() if split else None,
+            data=corpus.Corpus(kept, split).describe() if split else None,
             files=prepared.file_hashes(work),
             identity=identity,
             wandb={"run_id": tracker.run_id, "group": tracker.group, "url": tracker.url},
@@ -152,6 +157,12 @@ def main(argv: list[str] | None = None) -> int:
 def check_args(args: argparse.Namespace) -> None:
     """Raise ``StoneyError`` with every problem of the arguments that can be seen before anything is read."""
     problems = cli.Problems()
+    if args.output_dir is not None and not args.output_dir.strip():
+        problems.add("--output_dir: is empty; name a directory, or leave the flag out for a report alone")
+    for flag in ("test_fraction", "validation_fraction"):
+        value = getattr(args, flag)
+        if value is not None and not 0 < value < 1:
+            problems.add(f"--{flag} {value:g}: expected a share above 0 and below 1")
     if args.drop and not args.output_dir:
         problems.add("--drop: leaves rows out of a prepared directory; name one with --output_dir")
     if not args.near_duplicate_threshold:
@@ -165,17 +176,30 @@ def check_args(args: argparse.Namespace) -> None:
             if getattr(args, flag) is not None:
                 problems.add(f"--{flag}: {args.dataset} is prepared already; give its source to prepare it otherwise")
     source = Path(args.dataset)
-    if args.output_dir and source.exists() and source.resolve().is_relative_to(Path(args.output_dir).resolve()):
+    if args.output_dir and source.is_dir() and Path(args.output_dir).resolve().is_relative_to(source.resolve()):
+        problems.add(f"--output_dir: {args.output_dir} lies in the dataset; choose a directory beside it")
+    elif args.output_dir and source.exists() and source.resolve().is_relative_to(Path(args.output_dir).resolve()):
         problems.add(f"--output_dir: {args.output_dir} holds the dataset, which it would replace; choose another")
     problems.raise_if_any()
 
 
+def report_name(dataset: str) -> str:
+    """The name under inspection/ for a dataset: its path or hub id with dashes, so that two files called rows.csv differ."""
+    return re.sub(r"[^\w.-]+", "-", dataset)[-80:].strip("-.") or "dataset"
+
+
 def may_replace(output: Path, args: argparse.Namespace) -> bool:
-    """Whether what stands at ``output`` may go. Raises ``StoneyError`` for --overwrite of what no inspection made."""
-    stage = (checkpoints.read_stage(output) or {}).get("stage") if output.is_dir() else None
-    if args.overwrite and output.exists() and stage not in (prepared.STAGE, REPORT_STAGE):
-        raise StoneyError(f"--overwrite: {output} was not made by this script; choose another --output_dir")
-    return args.overwrite or (stage == REPORT_STAGE and not args.output_dir)
+    """Whether what stands at ``output`` may go: with --overwrite, or an earlier report on the same dataset.
+
+    Raises ``StoneyError`` for what this script did not make.
+    """
+    if not output.exists():
+        return False
+    stage = (checkpoints.read_stage(output) if output.is_dir() else None) or {}
+    if stage.get("stage") not in (prepared.STAGE, REPORT_STAGE):
+        raise StoneyError(f"{output}: was not made by this script; choose another --output_dir")
+    same = (stage.get("arguments") or {}).get("dataset") == args.dataset
+    return args.overwrite or (stage["stage"] == REPORT_STAGE and not args.output_dir and same)
 
 
 def finished(output: Path, identity: dict, args: argparse.Namespace) -> bool:
@@ -214,10 +238,9 @@ def step(name: str, call: Callable) -> object:
 
 
 def exit_code(summary: dict, args: argparse.Namespace) -> int:
-    """1 where --strict finds a failure that --allow does not let pass."""
-    failing = [
-        found for found in summary["findings"] if found["severity"] == FAILURE and found["kind"] not in args.allow
-    ]
+    """1 where --strict finds a failure that neither --allow lets pass nor --drop has left out."""
+    passed = {*args.allow, *args.drop}
+    failing = [found for found in summary["findings"] if found["severity"] == FAILURE and found["kind"] not in passed]
     if args.strict and failing:
         print(f"--strict: {', '.join(found['kind'] for found in failing)} (--allow FINDING lets one pass)")
         return EXIT_FINDINGS

@@ -47,22 +47,20 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     args = cli.parse_args(build_parser(), argv)
+    dataset, lexicon, plugins, weights = check_args(args)
     tracking.load_env()
-    weights = read_weights(args.weights)
 
     # 1. The rows, what is known of the language, and the reward.
     from stoney_rl.rewards import probe
-    from stoney_rl.rewards.composite import DEFAULT_WEIGHTS, Composite, Task
+    from stoney_rl.rewards.composite import Composite, Task
     from stoney_rl.rewards.encoder import load_encoder
     from stoney_rl.rewards.knowledge import load_knowledge
-    from stoney_rl.rewards.plugins import load_plugins, scorer
+    from stoney_rl.rewards.plugins import scorer
 
-    dataset, lexicon = find_data(args)
     knowledge = load_knowledge(lexicon)
     rows = read_rows(dataset)
     tasks = [Task.of(row) for row in rows]
-    plugins = load_plugins(args.reward or ["composite"])
-    composite = Composite(knowledge, DEFAULT_WEIGHTS | weights, load_encoder(args.encoder) if args.encoder else None)
+    composite = Composite(knowledge, weights, load_encoder(args.encoder) if args.encoder else None)
     print(f"{dataset}: {len(rows):,} rows; {lexicon}: {len(knowledge.forms):,} forms, "
           f"{len(knowledge.segments):,} with a segmentation", flush=True)  # fmt: skip
 
@@ -86,8 +84,11 @@ def main(argv: list[str] | None = None) -> int:
     # 3. The result.
     if args.output:
         result = checkpoints.describe_stage("probe", arguments=vars(args), seed=args.seed, **report.as_dict())
-        Path(args.output).parent.mkdir(parents=True, exist_ok=True)
-        checkpoints.write_json(Path(args.output), result)
+        try:
+            Path(args.output).parent.mkdir(parents=True, exist_ok=True)
+            checkpoints.write_json(Path(args.output), result)
+        except OSError as error:
+            raise StoneyError(f"--output {args.output}: can't be written: {error.strerror}; give another file") from None
     tracker = tracking.start_stage("probe_rewards", args, name=f"probe-{Path(dataset).name}",
                                    group=checkpoints.tracked(dataset).get("group"))  # fmt: skip
     tracker.use_artifact(checkpoints.tracked(dataset).get("artifact"))
@@ -99,15 +100,55 @@ def main(argv: list[str] | None = None) -> int:
     return EXIT_GAMED if report.problems else 0
 
 
-def read_weights(pairs: list[str]) -> dict[str, float]:
-    """``TERM=WEIGHT`` pairs as a dictionary. Raises ``StoneyError`` for one that is none; names are checked later."""
-    weights = {}
+def check_args(args: argparse.Namespace) -> tuple[str, str, list, dict[str, float]]:
+    """Rows, lexicon, rewards and weights to use. Raises ``StoneyError`` with every problem that can be seen before
+    anything is read."""
+    from stoney_rl.models import find_model, resolve_unpublished
+    from stoney_rl.rewards.composite import DEFAULT_WEIGHTS, Composite
+    from stoney_rl.rewards.knowledge import Knowledge
+    from stoney_rl.rewards.plugins import COMPOSITE, load_plugins
+
+    problems = cli.Problems()
+
+    def tried(call, *given):
+        try:
+            return call(*given)
+        except StoneyError as error:
+            problems.add(str(error))
+
+    data = tried(find_data, args)
+    weights = read_weights(args.weights, problems)
+    tried(Composite, Knowledge(frozenset()), DEFAULT_WEIGHTS | weights)
+    specs = args.reward or [COMPOSITE]
+    loaded = [tried(load_plugins, [spec]) for spec in specs]
+    plugins = tried(load_plugins, specs) if all(loaded) else []
+    if all(loaded) and not any(plugin.name == COMPOSITE for one in loaded for plugin in one):
+        for flag in ("weights", "encoder"):
+            if getattr(args, flag):
+                problems.add(
+                    f"--{flag}: belongs to the composite, which is not among the rewards; add --reward {COMPOSITE}"
+                )
+    if args.base_model:
+        tried(find_model, resolve_unpublished(args.base_model)[0])
+    if args.output is not None and (not args.output.strip() or Path(args.output).is_dir()):
+        problems.add(f"--output {args.output!r}: no file; name one, such as probe.json")
+    elif args.output and any(parent.exists() and not parent.is_dir() for parent in Path(args.output).parents):
+        problems.add(f"--output {args.output}: lies below a file; name one in a folder")
+    problems.raise_if_any()
+    return *data, plugins, DEFAULT_WEIGHTS | weights
+
+
+def read_weights(pairs: list[str], problems: cli.Problems) -> dict[str, float]:
+    """``TERM=WEIGHT`` pairs as a dictionary; what is none goes to ``problems``. Names are checked later."""
+    weights: dict[str, float] = {}
     for pair in pairs:
         name, _, number = pair.partition("=")
         try:
+            if name in weights:
+                problems.add(f"--weights {name}: given twice; give it once")
             weights[name] = float(number)
         except ValueError:
-            raise StoneyError(f"--weights {pair}: expected TERM=WEIGHT, such as R_dict=0.3") from None
+            problems.add(f"--weights {pair}: expected TERM=WEIGHT, such as R_dict=0.3")
     return weights
 
 
@@ -125,12 +166,17 @@ def find_data(args: argparse.Namespace) -> tuple[str, str]:
 
 
 def read_rows(dataset: str) -> list:
-    """The rows to attack, with their forms: of a prepared directory its training rows."""
+    """The rows to attack, with their forms: of a prepared directory its training rows. Raises ``StoneyError`` if there
+    are none."""
     from stoney_rl import data, lexemes
 
     if prepared.is_prepared(dataset):
-        return prepared.read(dataset)[1].train
-    return lexemes.annotate(data.load_rows(dataset).rows)
+        rows = prepared.read(dataset)[1].train
+    else:
+        rows = lexemes.annotate(data.load_rows(dataset).rows)
+    if not rows:
+        raise StoneyError(f"--dataset {dataset}: no row to attack; give a source with rows that can be read")
+    return rows
 
 
 def generate(args: argparse.Namespace, rows: list) -> list[str]:

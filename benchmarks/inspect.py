@@ -128,10 +128,10 @@ def run_ours(folder: Path, size: int, args: argparse.Namespace) -> dict:
         "figures": {
             "rows": sections["schema"]["rows"],
             "forms": sections["lexicon"]["forms"],
-            "exact_duplicates": repeats["exact_duplicates"]["rows"],
-            "near_duplicates": repeats["near_duplicates"]["rows"],
+            "exact_duplicates": repeats["exact_duplicates"]["count"],
+            "near_duplicates": repeats["near_duplicates"]["count"],
             "questions": repeats["questions"]["different"],
-            "echoes": repeats["forms_of_the_answer_in_the_question"]["all"]["rows"],
+            "echoes": repeats["forms_of_the_answer_in_the_question"]["all"]["count"],
             "tokens": tokens["total"],
             "rows_cut": tokens["rows_cut"],
         },

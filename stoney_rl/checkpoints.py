@@ -45,16 +45,32 @@ def staged(final: Path, *, overwrite: bool = False) -> Iterator[Path]:
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
         for stale in final.parent.glob(f".{final.name}.tmp-*"):
-            shutil.rmtree(stale)
+            if not _is_running(stale.name.rsplit("-", 1)[1]):
+                shutil.rmtree(stale)
         work = final.parent / f".{final.name}.tmp-{os.getpid()}"
         work.mkdir()
     except OSError as error:
         raise StoneyError(f"{final}: cannot write there ({error.strerror}); choose another directory") from error
     try:
         yield work
+        if final.exists() and not overwrite:
+            raise StoneyError(f"{final} was written by another process meanwhile; choose another directory")
         publish(work, final)
     finally:
         shutil.rmtree(work, ignore_errors=True)
+
+
+def _is_running(pid: str) -> bool:
+    """Whether the process with that number is alive and is not this one."""
+    if not pid.isdigit() or int(pid) == os.getpid():
+        return False
+    try:
+        os.kill(int(pid), 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 def publish(work: Path, final: Path) -> None:

@@ -29,6 +29,7 @@ from stoney_rl.text import normalize, words
 
 fold = lru_cache(maxsize=1 << 16)(fold_text)  # the same forms and glosses come again in many rows
 
+MAX_CHARACTERS = 8000  # of a question or an answer: what comes later in so long a text is not read for glosses
 MAX_GLOSS_WORDS = 18
 MAX_UNQUOTED_WORDS = 8
 
@@ -815,7 +816,8 @@ def facts_by_key(row: Row) -> tuple[dict[str, str], _Facts]:
     if not forms:
         return forms, facts
     longest_first = dict(sorted(forms.items(), key=lambda item: -len(item[0])))
-    question, answer = "\n".join(turn["content"] for turn in row.prompt), row.answer
+    question = "\n".join(turn["content"] for turn in row.prompt)[:MAX_CHARACTERS]
+    answer = row.answer[:MAX_CHARACTERS]
     spans = [_quoted_spans(text) for text in (question, answer)]
     quoted_keys: set[str] = set()
     if any(map(str.isascii, forms)):
@@ -892,6 +894,9 @@ def content_words(gloss: str) -> frozenset[str]:
 
 
 def _stem(word: str) -> str:
+    if word.endswith("ves"):  # leaves
+        word = word.removesuffix("ves") + "f"
+    word = word.removesuffix("ful") if len(word) > 6 else word  # careful
     for ending, left in (("iness", "y"), ("ness", ""), ("ings", ""), ("ing", ""), ("ies", "y"), ("ied", "y"),
                          ("ed", ""), ("es", ""), ("ly", ""), ("s", "")):  # fmt: skip
         if word.endswith(ending) and len(word) - len(ending) >= 3 and not word.endswith("ss"):

@@ -29,6 +29,8 @@ from stoney_rl.text import fold, normalize, words
 if TYPE_CHECKING:
     from stoney_rl.data import Row
 
+MAX_FORM_WORDS = 20  # a dictionary's sentences are shorter
+
 IsEnglish = Callable[[str], bool]
 
 # Letters that English borrows; any other letter outside ASCII belongs to the language.
@@ -252,9 +254,14 @@ def extract_lexemes(question: str, answer: str, is_english: IsEnglish | None = N
     lexemes: dict[str, str] = {}
     for form in dict.fromkeys(forms):
         bare = form.strip("-" + _EDGES)
-        if len(bare) > 1 and _TOKEN.search(bare) and not (pieces and _folded(form) in pieces):
+        if len(bare) > 1 and _TOKEN.search(bare) and not (pieces and _folded(form) in pieces) and not is_too_long(bare):
             lexemes.setdefault(_folded(bare), bare)
     return list(lexemes.values())
+
+
+def is_too_long(form: str) -> bool:
+    """Whether ``form`` has more words than ``MAX_FORM_WORDS``: a text in the language, not one of its forms."""
+    return form.count(" ") >= MAX_FORM_WORDS and len(words(form)) > MAX_FORM_WORDS
 
 
 def english_test(texts: Iterable[str]) -> IsEnglish:

@@ -56,7 +56,7 @@ def read(directory: str | Path) -> tuple[RowSet, Split]:
     stage = checkpoints.read_stage(directory) or {}
     recorded = stage.get("files") or {}
     needed = [f"{name}.parquet" for name in SPLITS] + [DROPPED_FILE, CERTIFICATE_FILE]
-    again = "prepare it again: python inspect_hf_dataset.py --output_dir " + str(directory)
+    again = f"prepare it again: python {stage.get('command', 'inspect_hf_dataset.py')} --overwrite"
     for name in needed:
         if not (directory / name).is_file():
             raise StoneyError(f"{directory}: {name} is missing; {again}")

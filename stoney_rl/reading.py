@@ -163,7 +163,10 @@ def files_at(path: Path, name: str) -> Iterator[DataFile]:
 
 
 def files_in(folder: Path) -> Iterator[DataFile]:
-    """The data files below ``folder``, sorted by path. Hidden ones and NOT_ROWS are left out; links are followed."""
+    """The data files below ``folder``, sorted by path; links are followed.
+
+    Left out are hidden files, NOT_ROWS, and folders that a stage of this pipeline wrote (they hold a stage.json).
+    """
     paths, seen = [], set()
 
     def stop(error: OSError) -> None:
@@ -175,6 +178,9 @@ def files_in(folder: Path) -> Iterator[DataFile]:
             folders.clear()
             continue
         seen.add(real)
+        if "stage.json" in names and Path(root) != Path(folder):  # an output of this pipeline, kept beside the data
+            folders.clear()
+            continue
         folders[:] = [name for name in folders if not name.startswith((".", "__MACOSX"))]
         paths += [
             Path(root, name)

@@ -34,7 +34,7 @@ from itertools import chain
 from typing import TYPE_CHECKING
 
 from stoney_rl.errors import StoneyError
-from stoney_rl.lexemes import planted_form
+from stoney_rl.lexemes import is_too_long, planted_form
 from stoney_rl.text import fold, normalize
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ _form_key = cache(mention_key)  # one string for a form in however many rows
 def row_forms(row: "Row") -> frozenset[str]:
     """The forms that ``row`` is about, as ``mention_key``s: its lexemes, and the form that a planted row asks for."""
     forms = [*row.lexemes, planted_form(row) or ""]
-    return frozenset([key for form in forms if (key := _form_key(str(form)))])
+    return frozenset([key for form in forms if not is_too_long(str(form)) and (key := _form_key(str(form)))])
 
 
 # A word as text.words has it, but for the hyphen.
@@ -330,7 +330,9 @@ def _check(rows: Sequence["Row"], test: float, validation: float, seen: float) -
             f"split: {len(twice)} row ids occur more than once, such as {min(twice)!r}; ids must be unique"
         )
     if not any(map(row_forms, rows)):
-        raise StoneyError("split: no row has lexemes; run stoney_rl.lexemes.annotate on the rows first")
+        raise StoneyError(
+            'split: no row names a form of the language; quote the forms in the rows, or give each row its "lexemes"'
+        )
 
 
 def split_rows(

@@ -247,3 +247,25 @@ def test_check_fingerprint_forgives_another_machine_s_rounding_and_another_dtype
 def test_check_fingerprint_without_a_record(tmp_path):
     model = tiny.model(layers=1)
     assert checkpoints.check_fingerprint(tmp_path, model)["sha256"] == checkpoints.fingerprint(model)["sha256"]
+
+
+def test_the_work_of_a_running_process_is_left_alone(tmp_path):
+    """Only what a dead process left is removed; a directory that appeared meanwhile is not replaced."""
+    done = subprocess.Popen([sys.executable, "-c", ""])
+    done.wait()
+    alive = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    try:
+        (tmp_path / f".model.tmp-{alive.pid}").mkdir()
+        (tmp_path / f".model.tmp-{done.pid}").mkdir()
+        with (
+            pytest.raises(StoneyError, match="written by another process meanwhile"),
+            checkpoints.staged(tmp_path / "model"),
+        ):
+            assert (tmp_path / f".model.tmp-{alive.pid}").exists()
+            assert not (tmp_path / f".model.tmp-{done.pid}").exists()
+            (tmp_path / "model").mkdir()
+            (tmp_path / "model" / "theirs").write_text("whole")
+    finally:
+        alive.kill()
+        alive.wait()
+    assert (tmp_path / "model" / "theirs").read_text() == "whole"

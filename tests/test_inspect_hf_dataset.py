@@ -2,6 +2,7 @@
 
 import json
 import re
+import time
 import unicodedata
 
 import pytest
@@ -171,7 +172,7 @@ def test_without_output_dir_there_is_a_report_and_no_rows(tmp_path, source, toke
     monkeypatch.chdir(tmp_path)
     argv = ["--dataset", str(source), "--tokenizer", str(tokenizer), *QUIET]
     assert inspect_hf_dataset.main(argv) == 0
-    output = tmp_path / "inspection" / "rows.jsonl"
+    output = tmp_path / "inspection" / inspect_hf_dataset.report_name(str(source))
     assert (output / "report.html").exists() and not list(output.glob("*.parquet"))
     assert not prepared.is_prepared(output)
     assert inspect_hf_dataset.main([*argv, "--max_length", "700"]) == 0  # a report of ours is replaced without asking
@@ -181,7 +182,7 @@ def test_without_output_dir_there_is_a_report_and_no_rows(tmp_path, source, toke
 def test_a_prepared_directory_can_be_inspected_again(tmp_path, inspected, tokenizer, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert inspect_hf_dataset.main(["--dataset", str(inspected), "--tokenizer", str(tokenizer), *QUIET]) == 0
-    again = report_of(tmp_path / "inspection" / "prepared")["sections"]
+    again = report_of(tmp_path / "inspection" / inspect_hf_dataset.report_name(str(inspected)))["sections"]
     before = report_of(inspected)["sections"]
     assert again["split"]["certificate"] == before["split"]["certificate"]
     assert again["lexicon"]["forms"] == before["lexicon"]["forms"]
@@ -193,7 +194,7 @@ def test_rows_that_can_not_be_split_are_reported_but_not_prepared(tmp_path, toke
     path.write_text("".join(json.dumps(row) + "\n" for row in records()[:12]), encoding="utf-8")
     argv = ["--dataset", str(path), "--tokenizer", str(tokenizer), *QUIET]
     assert inspect_hf_dataset.main(argv) == 0
-    found = report_of(tmp_path / "inspection" / "few.jsonl")["findings"]
+    found = report_of(tmp_path / "inspection" / inspect_hf_dataset.report_name(str(path)))["findings"]
     assert any(entry["kind"] == "no_split" and "too few" in entry["message"] for entry in found)
     with pytest.raises(StoneyError, match="12 rows are too few"):
         inspect_hf_dataset.main([*argv, "--output_dir", "prepared"])
@@ -204,7 +205,7 @@ def test_without_a_tokenizer_the_rest_is_reported(tmp_path, source, monkeypatch)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(inspect_hf_dataset, "DEFAULT_MODEL", "no/such-folder/here")
     assert inspect_hf_dataset.main(["--dataset", str(source), *QUIET]) == 0
-    output = tmp_path / "inspection" / "rows.jsonl"
+    output = tmp_path / "inspection" / inspect_hf_dataset.report_name(str(source))
     assert report_of(output)["sections"]["lengths"]["tokens"] is None
     assert "name a tokenizer with --tokenizer" in " ".join((output / "report.txt").read_text().split())
 
@@ -248,3 +249,61 @@ def test_another_run_in_its_place_is_refused(inspected, source, tokenizer):
     argv = ["--dataset", str(source), "--tokenizer", str(tokenizer), "--output_dir", str(inspected), *QUIET]
     with pytest.raises(StoneyError, match="holds another run"):
         inspect_hf_dataset.main([*argv, "--max_length", "700"])
+
+
+def test_two_sources_of_one_name_have_two_reports():
+    name = inspect_hf_dataset.report_name
+    assert name("a/rows.csv") != name("b/rows.csv")
+    assert name("owner/rows") == "owner-rows" and name("../..") == "dataset"
+    assert len(name("x" * 500 + "/rows.csv")) < 120 and name("x" * 500 + "/rows.csv").endswith("rows.csv")
+
+
+def test_what_is_dropped_no_longer_fails(tmp_path, source, tokenizer):
+    argv = ["--dataset", str(source), "--tokenizer", str(tokenizer), "--output_dir", str(tmp_path / "p"), *QUIET]
+    argv += ["--strict", "--drop", "exact_duplicates", "--drop", LEAK, "--drop", "cut_answers"]
+    assert inspect_hf_dataset.main(argv) == 1  # the unreadable row
+    assert inspect_hf_dataset.main([*argv, "--allow", "quarantined_rows"]) == 0
+    assert "left out of the prepared rows" in (tmp_path / "p" / "report.txt").read_text(encoding="utf-8")
+    assert report_of(tmp_path / "p")["dataset"]["rows"] == ROWS + 1
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["--output_dir", ""], "--output_dir: is empty"),
+        (["--test_fraction", "1"], "--test_fraction 1: expected a share above 0 and below 1"),
+        (["--validation_fraction", "0"], "--validation_fraction 0: expected a share"),
+        (["--near_duplicate_threshold", "0"], "--near_duplicate_threshold 0: "),
+    ],
+)
+def test_arguments_that_can_not_work(source, argv, said):
+    with pytest.raises(StoneyError, match=said):
+        inspect_hf_dataset.main(["--dataset", str(source), *argv, *QUIET])
+
+
+def test_an_output_inside_the_dataset_is_refused_and_never_read(tmp_path, tokenizer):
+    from stoney_rl.data import load_rows
+
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in records()[:80]), encoding="utf-8")
+    argv = ["--dataset", str(folder), "--tokenizer", str(tokenizer), *QUIET]
+    with pytest.raises(StoneyError, match="lies in the dataset"):
+        inspect_hf_dataset.main([*argv, "--output_dir", str(folder / "prepared")])
+    assert inspect_hf_dataset.main([*argv, "--output_dir", str(tmp_path / "prepared")]) == 0
+    (tmp_path / "prepared").rename(folder / "prepared")  # moved there by hand
+    assert len(load_rows(folder).rows) == 80
+
+
+def test_a_row_of_a_million_characters_costs_little(tmp_path, tokenizer):
+    """A run of 200,000 words of the language is a text, not a form; nothing grows with its square."""
+    rows = records()[:60]
+    rows.append({"question": 'What does "tâlo" mean? ' + "bla tâlo " * 100_000, "answer": "x" * 200_000})
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    started = time.process_time()
+    argv = ["--dataset", str(path), "--tokenizer", str(tokenizer), "--output_dir", str(tmp_path / "p"), *QUIET]
+    assert inspect_hf_dataset.main(argv) == 0
+    assert time.process_time() - started < 40
+    forms = [json.loads(line)["form"] for line in (tmp_path / "p" / "lexicon.jsonl").read_text().splitlines()]
+    assert max(map(len, forms)) < 200

@@ -150,6 +150,10 @@ def test_a_letter_in_regular_use_is_none():
     # An orthography may take a letter of another script, even one that looks like one of its own.
     assert "look_alikes" not in findings(inspect([*REGULAR, *[row('What is "t\u00fbl\u043e"?')] * 10]))
     assert "look_alikes" in findings(inspect([*REGULAR, *[row('What is "t\u00fbl\u043e"?')] * 3]))
+    # ... but not in data so small that one row is a large share of those with the letter.
+    assert "look_alikes" in findings(
+        inspect([row(f'What is "t\u00fbl{v}"?') for v in "oa"] + [row('What is "t\u00fbl\u043e"?')])
+    )
     rarely = [row('What is "t\u012bla"?')] * 5
     assert "look_alikes" not in findings(inspect([*REGULAR, *rarely]))
     # ... even if one other word has it by mistake, or one of its words is once written with î.

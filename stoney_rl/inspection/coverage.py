@@ -27,6 +27,8 @@ A gap is a letter with corrected p below 0.05 (a letter with a diacritic: 0.001,
 more, so that a few misspelt or misextracted forms don't hide it. A rule of spelling as strong as that, in a language
 with no other such rule, can't be told from a hole except by 5, and the message says which evidence there is. Two holes
 of one class hide each other: a language with one such letter may have another.
+Words count as independent, which the forms derived from one stem are not: with few stems, a letter that none of them
+happens to begin with may be reported. How often all of this is right: ``benchmarks/coverage.py``.
 
 The share of mentions that would be new in fresh data is n1/N, forms in one row by all mentions (Good, Biometrika 40,
 1953). It takes mentions for independent draws, which rows made from templates are not: take it as a lower bound.

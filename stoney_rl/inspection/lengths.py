@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 PERCENTILES = (0, 5, 25, 50, 75, 95, 99, 100)
 # Words of the prose are counted on this many rows, evenly spaced over the source.
 WORD_SAMPLE = 5000
+MAX_WORD = 40  # characters; longer ones are no words, and one of them would move the mean
 BINS = 40
 
 
@@ -123,6 +124,8 @@ def _tokens_a_word(tokenizer: "PreTrainedTokenizerBase", rows: Sequence[Row]) ->
     for row in sample:
         own = {word for form in [*row.lexemes, planted_form(row) or ""] for word in words(fold(form))}
         for word in words(fold(f"{row.question}\n{row.answer}")):
+            if len(word) > MAX_WORD:
+                continue
             if word in own:
                 language[word] += 1
             elif word.isascii():  # affixes and other pieces of the language are neither

@@ -32,6 +32,7 @@ from stoney_rl.text import fold, normalize
 # What is this rare beside the letter that it resembles is not taken for a letter: faults in a twentieth of the rows
 # stay below, letters of an alphabet above.
 RARE = 0.1
+REGULAR_ROWS = 10  # at least, for a letter of another script to belong to the orthography
 # Of near shape: what part of the rows must be about a word that is also written with the letter resembled, or else how
 # rare the letter must be.
 CONFIRMED, HARDLY_EVER = 0.2, 0.01
@@ -336,7 +337,9 @@ def _look_alikes(usage: _Usage) -> tuple[dict[str, tuple[str, list[_LookAlike]]]
         suspect = suspects[letter]
         count = sum(usage.words[word] for word in found)
         share = count / max(_rows_with(usage, resembled) for resembled in suspect.resembles)
-        if share > RARE or (suspect.own and 2 * _in_regular_use(usage, found) >= count):
+        # In few rows a letter of another script is a slip, whatever its share of so little.
+        regular = share > RARE and (_script(letter) == script or count >= REGULAR_ROWS)
+        if regular or (suspect.own and 2 * _in_regular_use(usage, found) >= count):
             continue
         rare[letter] = share
         in_all[suspect.marks] += count

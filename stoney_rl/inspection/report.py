@@ -41,8 +41,11 @@ def leave_out(
     )
 
 
-def summarise(rowset: RowSet, sections: Sequence[Section], *, arguments: dict) -> dict:
-    """The content of report.json: nothing in it depends on the time, the machine or the place of the output."""
+def summarise(rowset: RowSet, sections: Sequence[Section], *, arguments: dict, kept: int | None = None) -> dict:
+    """The content of report.json: nothing in it depends on the time, the machine or the place of the output.
+
+    ``rowset``: the source; ``kept``: how many of its rows --drop left, None for all.
+    """
     findings = [finding for section in sections for finding in section.findings]
     findings.sort(
         key=lambda finding: (finding.severity != FAILURE, -finding.count / max(1, finding.total), finding.kind)
@@ -53,6 +56,7 @@ def summarise(rowset: RowSet, sections: Sequence[Section], *, arguments: dict) -
             "revision": rowset.revision,
             "sha256": rowset.sha256,
             "rows": len(rowset.rows),
+            "left_out": 0 if kept is None else len(rowset.rows) - kept,
             "quarantined": len(rowset.quarantine),
             "notes": rowset.notes,
         },
@@ -65,7 +69,11 @@ def summarise(rowset: RowSet, sections: Sequence[Section], *, arguments: dict) -
 def as_text(summary: dict, entries: Sequence[LexiconEntry], *, width: int = 100) -> str:
     """What is printed: the findings, worst first, then each section in a few lines."""
     dataset = summary["dataset"]
-    out = ["", f"{dataset['source']}: {dataset['rows']:,} rows, data {dataset['sha256'][:12]}", ""]
+    out = ["", f"{dataset['source']}: {dataset['rows']:,} rows, data {dataset['sha256'][:12]}"]
+    if dataset["left_out"]:
+        kinds = ", ".join(summary["arguments"]["drop"])
+        out.append(f"{dataset['left_out']:,} of them are left out of the prepared rows (--drop {kinds}).")
+    out.append("")
     for severity, mark, title in ((FAILURE, "✗", "would spoil training or a claim"), (NOTE, "·", "worth knowing")):
         found = [finding for finding in summary["findings"] if finding["severity"] == severity]
         if found or severity == FAILURE:
@@ -132,7 +140,7 @@ def sentences(summary: dict) -> dict[str, list[str]]:
                 f"Letters that the tokenizer splits into bytes: {' '.join(lengths['letters_split'])}."
             )
     else:
-        said["lengths"].append(f"Tokens: {lengths['no_tokens']}.")
+        said["lengths"].append(f"{lengths['no_tokens'][:1].upper()}{lengths['no_tokens'][1:]}.")
     inventory = [letter["letter"] for letter in letters["letters"] if letter["in_forms"]]
     said["orthography"] = [
         f"{len(inventory)} letters in the language's forms, by count: {' '.join(inventory)}.",
@@ -146,22 +154,27 @@ def sentences(summary: dict) -> dict[str, list[str]]:
         verdict: [row["letter"] for row in coverage["letters"] if row["verdict"] == verdict] for verdict in VERDICTS
     }
     gaps, rare = letters_of[GAP] + letters_of[GAP_ELSEWHERE], letters_of[RARE]
-    hidden = [row["letter"] for row in coverage["letters"] if row["initial"] and not row["noticeable"]]
+    begin = [row for row in coverage["letters"] if row["initial"]]
+    hidden = [row["letter"] for row in begin if not (row["noticeable"] or row["noticeable_headwords"])]
+    half_seen = [row["letter"] for row in begin if row["noticeable_headwords"] and not row["noticeable"]]
     tested = sum(row["verdict"] != UNTESTED for row in coverage["letters"])
-    said["coverage"] = [
-        f"{coverage['first_words']:,} distinct first words, {tested} letters tested; "
-        + (
-            f"begin no word although they should: {' '.join(gaps)}"
-            if gaps
-            else "no letter is missing at the beginning of words"
-        )
-        + (f"; rare there: {' '.join(rare)}." if rare else "."),
-    ]
-    if hidden:
-        which = "whichever letter" if len(hidden) >= tested else f"if it were one of {' '.join(hidden)}"
+    words = f"{coverage['first_words']:,} distinct first words"
+    if not tested:
+        said["coverage"] = [f"{words}: too few to test whether words that begin with one letter were left out."]
+    elif gaps:
+        said["coverage"] = [f"{words}, {tested} letters tested: words that begin with {' '.join(gaps)} are missing."]
+    else:
+        said["coverage"] = [f"{words}, {tested} letters tested: no letter is missing at the beginning of words."]
+        if hidden:
+            said["coverage"].append(f"The test would not notice the loss of words that begin with {' '.join(hidden)}.")
+        if half_seen:
+            said["coverage"].append(
+                f"Of {' '.join(half_seen)} it would notice that forms were left out which begin with it, but not, in so few "
+                "forms, that every row was left out which mentions such a word."
+            )
+    if rare:
         said["coverage"].append(
-            f"What this test can't see: in {coverage['forms']:,} forms it would not stand out if all words that begin with one "
-            f"letter had been left out, {which}."
+            f"Letters that begin hardly any word, perhaps by a rule of the spelling: {' '.join(rare)}."
         )
     if coverage["good_turing_new_mentions"] is not None:
         said["coverage"].append(

@@ -84,7 +84,7 @@ def _metadata(rows: Sequence[Row]) -> list[dict]:
             types[key][type(value).__name__] += 1
             empty[key] += value in ("", [], {})
             shown = value if isinstance(value, str | int | float | bool) else repr(value)
-            hashes[key].add(hash(shown))
+            hashes[key].add(hash((type(value).__name__, repr(value))))  # 1, 1.0 and True are three values
             if len(values[key]) <= MAX_VALUES:  # one more than is shown: then it is known to be too many
                 values[key][str(shown)] += 1
     return [

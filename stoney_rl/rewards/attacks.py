@@ -139,14 +139,19 @@ def affix_on_wrong_stem(task: Task, ground: Ground) -> str | None:
     if len(segments) < 2 or not others:
         return None
     wrong = ground.rng.choice(others)
-    made = "".join(wrong if morph == stem else morph for morph in segments)
-    return task.reference.replace(task.wanted[0], made) if made != key else None
+    return _instead_of_the_first(task, "".join(wrong if morph == stem else morph for morph in segments))
 
 
 def stem_without_affix(task: Task, ground: Ground) -> str | None:
     key = fold(task.wanted[0]) if task.wanted else ""
     stem = ground.knowledge.stems.get(key)
-    return task.reference.replace(task.wanted[0], stem) if stem and stem != key else None
+    return _instead_of_the_first(task, stem) if stem and stem != key else None
+
+
+def _instead_of_the_first(task: Task, made: str) -> str | None:
+    """The reference with ``made`` for the first wanted form; None if a wanted form is left, which earns its share."""
+    text = task.reference.replace(task.wanted[0], made)
+    return None if any(contains_form(text, form) for form in task.wanted) else text
 
 
 def every_word(task: Task, ground: Ground) -> str | None:
@@ -192,8 +197,14 @@ def another_gold(task: Task, ground: Ground) -> str | None:
 
 
 def padded(task: Task, ground: Ground) -> str:
-    """The right answer, then filler up to the limit of a completion."""
-    return task.reference + " And so on, as has been said." * 60
+    """The right answer, then filler up to the limit of a completion, and three times as much as the answer."""
+    filler = " And so on, as has been said."
+    return task.reference + filler * max(60, 3 * len(task.reference) // len(filler) + 1)
+
+
+def idle_trace(task: Task, ground: Ground) -> str:
+    """A trace that says nothing, and an answer to no question."""
+    return f"<think>I look for what is asked.</think>{CONSTANT}"
 
 
 def unclosed_trace(task: Task, ground: Ground) -> str:
@@ -232,6 +243,7 @@ ATTACKS: dict[str, Attack] = {
     "invented form": invented_form,
     "another row's gold": another_gold,
     "gold, padded": padded,
+    "any answer after a trace": idle_trace,
     "trace never closed": unclosed_trace,
     "ten thousand characters": ten_thousand_characters,
     "control characters": control_characters,
@@ -240,5 +252,6 @@ ATTACKS: dict[str, Attack] = {
 NULL_POLICIES: dict[str, Attack] = {
     "says nothing": empty,
     "always the same": lambda task, ground: CONSTANT,
+    "always the same, after a trace": idle_trace,
     "echoes the prompt": prompt_echo,
 }

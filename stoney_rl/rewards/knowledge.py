@@ -20,12 +20,13 @@ _BOUNDARY = re.compile("[-~]")  # between morphs, and between a reduplicated par
 class Knowledge:
     """``attested``: every word of every form, folded. ``forms``: the forms, in the lexicon's order.
 
-    ``segments``: folded form -> its morphs in order, for the forms whose segmentation the lexicon gives.
+    ``morphs``: the pieces that forms are built of, folded: a text that explains a form names them. ``segments``: folded form -> its morphs in order, for the forms whose segmentation the lexicon gives.
     ``stems``: folded form -> its stem, likewise.
     """
 
     attested: frozenset[str]
     forms: tuple[str, ...] = ()
+    morphs: frozenset[str] = frozenset()
     segments: dict[str, tuple[str, ...]] = field(default_factory=dict)
     stems: dict[str, str] = field(default_factory=dict)
 
@@ -40,7 +41,12 @@ class Knowledge:
             if entry.segmentation and entry.stem:
                 segments[key] = tuple(fold(morph) for morph in _BOUNDARY.split(entry.segmentation))
                 stems[key] = fold(entry.stem)
-        return cls(frozenset(attested), tuple(forms), segments, stems)
+        morphs = frozenset(morph for parts in segments.values() for morph in parts)
+        return cls(frozenset(attested), tuple(forms), morphs, segments, stems)
+
+    def has(self, word: str) -> bool:
+        """Whether a folded word is one of the language, or a morph of one."""
+        return word in self.attested or word in self.morphs
 
 
 def load_knowledge(path: str | Path) -> Knowledge:
@@ -64,6 +70,13 @@ def is_of_the_language(word: str) -> bool:
     return not is_listed_english(word)
 
 
-def language_words(text: str) -> list[str]:
+@lru_cache(maxsize=1 << 12)  # more texts than a batch has: each term asks about each of them
+def folded_words(text: str) -> tuple[str, ...]:
+    """The words of ``text``, folded, in order."""
+    return tuple(words(fold(text)))
+
+
+@lru_cache(maxsize=1 << 12)
+def language_words(text: str) -> tuple[str, ...]:
     """The words of ``text`` that look like the language's, folded, in order, each as often as it stands there."""
-    return [word for word in words(fold(text)) if is_of_the_language(word)]
+    return tuple(word for word in folded_words(text) if is_of_the_language(word))

@@ -2,6 +2,8 @@
 
 import importlib
 import inspect
+import math
+import numbers
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -48,14 +50,19 @@ def _load(name: str) -> Callable:
     if str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
     try:
-        found = getattr(importlib.import_module(module), function)
-    except ImportError as error:
-        raise StoneyError(f"--reward {name}: {module} can't be imported ({error}); start from its folder") from error
-    except AttributeError:
-        raise StoneyError(f"--reward {name}: {module} has no function {function}") from None
-    if not callable(found):
-        raise StoneyError(f"--reward {name}: is a {type(found).__name__}, not a function")
-    parameters = inspect.signature(found).parameters
+        loaded = importlib.import_module(module)
+    except Exception as error:  # a module may fail in any way while it is imported
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise StoneyError(f"--reward {name}: {module} can't be imported ({reason}); start from its folder") from error
+    found = getattr(loaded, function, None)
+    if found is None:
+        raise StoneyError(f"--reward {name}: {module} has no function {function}")
+    try:
+        parameters = inspect.signature(found).parameters
+    except (TypeError, ValueError):
+        raise StoneyError(
+            f"--reward {name}: is a {type(found).__name__}; expected a function in Python with TRL's signature"
+        ) from None
     if "completions" not in parameters or not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         raise StoneyError(
             f"--reward {name}: expected TRL's signature, such as {function}(completions, reference, **kwargs): it takes "
@@ -65,9 +72,14 @@ def _load(name: str) -> Callable:
 
 
 def call(plugin: Plugin, tasks: Sequence[Task], texts: Sequence[str]) -> list[float | None]:
-    """What a plug-in gives each text. Raises ``StoneyError`` if it fails or does not give one number or None a text."""
-    columns = {
-        "prompts": [[{"role": "user", "content": task.question}] for task in tasks],
+    """What a plug-in gives each text: it is called as TRL calls it, with the columns of the dataset as keywords.
+
+    Raises ``StoneyError`` if it fails or does not give one number or None a text. NaN and infinity are no numbers: one of
+    them makes the advantages of a whole group NaN.
+    """
+    names = dict.fromkeys(name for task in tasks for name in task.columns)
+    columns = {name: [task.columns.get(name) for task in tasks] for name in names} | {
+        "prompts": [task.columns.get("prompts", [{"role": "user", "content": task.question}]) for task in tasks],
         "completions": [[{"role": "assistant", "content": text}] for text in texts],
         "reference": [task.reference for task in tasks],
         "wanted": [list(task.wanted) for task in tasks],
@@ -76,13 +88,18 @@ def call(plugin: Plugin, tasks: Sequence[Task], texts: Sequence[str]) -> list[fl
     try:
         values = list(plugin.call(**columns))
     except Exception as error:
-        raise StoneyError(f"--reward {plugin.name}: failed on {len(texts)} completions: {error!r}") from error
-    wrong = [value for value in values if value is not None and not isinstance(value, int | float)]
-    if len(values) != len(texts) or wrong:
-        what = f"{wrong[0]!r}" if wrong else f"{len(values)} values"
+        reason = " ".join(repr(error).split())
+        raise StoneyError(f"--reward {plugin.name}: failed on {len(texts)} completions: {reason}") from error
+    if len(values) != len(texts):
         raise StoneyError(
-            f"--reward {plugin.name}: gave {what} for {len(texts)} completions; expected a number or None each"
+            f"--reward {plugin.name}: gave {len(values)} values for {len(texts)} completions; expected one each"
         )
+    for value, text in zip(values, texts, strict=True):
+        if value is not None and not (isinstance(value, numbers.Real) and math.isfinite(value)):
+            raise StoneyError(
+                f"--reward {plugin.name}: gave {' '.join(repr(value).split())[:60]} for the completion {text[:60]!r}; "
+                "expected a finite number, or None for what can't be scored"
+            )
     return [None if value is None else float(value) for value in values]
 
 

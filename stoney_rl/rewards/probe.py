@@ -222,12 +222,13 @@ def _mean(values, name: str) -> float | None:
 def _check_unreadable(report: Report, scorer: Scorer, chosen: Sequence[Task], gold: dict) -> None:
     """A reference without a word must not pay: nothing can match it."""
     broken = [replace(task, reference=UNREADABLE, wanted=()) for task in chosen]
-    values = [value["total"] for value in scorer(broken, ["An answer about something else."] * len(broken))]
-    paid = [value for value in values if value is not None]
-    if paid and gold and statistics.fmean(paid) > 0.5 * statistics.fmean(gold.values()):
-        report.problems.append(
-            f"a reference that can't be read ({UNREADABLE!r}) pays {statistics.fmean(paid):.3f} for any answer; it should be None"
-        )
+    answer = "An answer about something else."
+    for text, what in ((answer, "any answer"), (f"<think>A trace.</think>{answer}", "any answer after a trace")):
+        paid = [value["total"] for value in scorer(broken, [text] * len(broken)) if value["total"] is not None]
+        if paid and gold and statistics.fmean(paid) > 0.5 * statistics.fmean(gold.values()):
+            report.problems.append(
+                f"a reference that can't be read ({UNREADABLE!r}) pays {statistics.fmean(paid):.3f} for {what}; it should be None"
+            )
 
 
 def _giveaways(chosen: Sequence[Task]) -> list[str]:
@@ -238,9 +239,13 @@ def _giveaways(chosen: Sequence[Task]) -> list[str]:
             f"{silent} of {len(chosen)} rows ask for no form that their question lacks: there the form terms are silent, and "
             "only likeness to the reference is left"
         )
-    given = [task.id for task in chosen if any(contains_form(task.question, form) for form in task.wanted)]
+    given = [
+        task.id for task in chosen if any(contains_form(task.question, form) for form in (*task.wanted, task.reference))
+    ]
     if given:
-        notes.append(f"{len(given)} of {len(chosen)} prompts give a wanted form away (such as {given[0]})")
+        notes.append(
+            f"{len(given)} of {len(chosen)} prompts give the answer or a wanted form away (such as {given[0]})"
+        )
     return notes
 
 

@@ -6,11 +6,12 @@ works an example of each by hand and says what each can't see.
 """
 
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 
 from stoney_rl.lexemes import contains_form
 from stoney_rl.metrics import chrf
-from stoney_rl.rewards.knowledge import Knowledge, language_words
-from stoney_rl.text import fold, words
+from stoney_rl.rewards.knowledge import Knowledge, folded_words, language_words
+from stoney_rl.text import fold, normalize, words
 
 # R_dict of an answer that tries: an attested form of up to so many words, the wrong one. Any right form is worth more.
 ATTEMPT, ATTEMPT_WORDS = 0.1, 3
@@ -29,19 +30,30 @@ def lexical(answers: Sequence[str], references: Sequence[str], questions: Sequen
     (chrF++: Popović 2017, ``metrics.chrf``). The gold answer earns 1, an echo of the question 0. None where the
     reference has no word: an unreadable reference can't be matched.
     """
-    usable = [row for row, reference in enumerate(references) if words(reference)]
-    values: Values = [None] * len(references)
-    if not usable:
-        return values
-    scores = []
-    for texts in (answers, questions):
-        predictions, wanted = [texts[row] for row in usable], [references[row] for row in usable]
-        counts = chrf.statistics(predictions=predictions, references=wanted)
-        scores.append(chrf.score_from_counts(counts) / 100)
-    for row, score, floor in zip(usable, *scores, strict=True):
+    values: Values = []
+    for answer, reference, question in zip(answers, references, questions, strict=True):
+        floor = _floor(question, reference) if words(reference) else 1.0
         # A question that is its own answer leaves nothing to earn.
-        values[row] = float(max(0.0, (score - floor) / (1 - floor))) if floor < 1 else None
+        values.append(max(0.0, (_chrf(answer, reference) - floor) / (1 - floor)) if floor < 1 else None)
     return values
+
+
+@lru_cache(maxsize=1 << 16)
+def _floor(question: str, reference: str) -> float:
+    return _chrf(question, reference)
+
+
+def _chrf(text: str, reference: str) -> float:
+    """Sentence chrF++ in [0, 1], the same number as ``metrics.chrf`` gives."""
+    return _metric(normalize(reference)).corpus_score([normalize(text)], None).score / 100
+
+
+@lru_cache(maxsize=256)
+def _metric(reference: str):
+    """sacreBLEU's chrF++ with the n-grams of one reference counted, once for the completions of its group."""
+    from sacrebleu.metrics import CHRF
+
+    return CHRF(char_order=chrf.CHAR_ORDER, word_order=chrf.WORD_ORDER, beta=chrf.BETA, references=[[reference]])
 
 
 def semantic(answers: Sequence[str], references: Sequence[str], encode: Callable[[list[str]], object] | None) -> Values:
@@ -62,6 +74,7 @@ def semantic(answers: Sequence[str], references: Sequence[str], encode: Callable
 
 def dictionary(
     answers: Sequence[str],
+    references: Sequence[str],
     wanted: Sequence[Sequence[str]],
     allowed: Sequence[Sequence[str]],
     knowledge: Knowledge,
@@ -70,17 +83,17 @@ def dictionary(
 
     With h of n wanted forms in the answer and e others: ATTEMPT + (1 - ATTEMPT) F1 with precision h / (h + e) and recall
     h / n. e counts the different words that look like the language's and are neither wanted nor ``allowed`` (of the
-    question or the reference), and each time that a wanted form stands there more than ``MAX_REPEATS`` times. With no
-    wanted form: ATTEMPT, if there are such words and all are attested, times ATTEMPT_WORDS / e where there are more of
+    question or the reference), and each time that a word of a wanted form stands there more than ``MAX_REPEATS`` times
+    and more often than in the reference. With no wanted form: ATTEMPT, if there are such words and all are attested, times ATTEMPT_WORDS / e where there are more of
     them; else 0. None for a row that asks for no form.
     """
     values: Values = []
-    for answer, forms, own in zip(answers, wanted, allowed, strict=True):
+    for answer, reference, forms, own in zip(answers, references, wanted, allowed, strict=True):
         if not forms:
             values.append(None)
             continue
         found = sum(contains_form(answer, form) for form in forms)
-        others, repeats = _others(answer, forms, own)
+        others, repeats = _others(answer, reference, forms, own)
         extra = len(others) + repeats
         if found:
             precision, recall = found / (found + extra), found / len(forms)
@@ -99,11 +112,11 @@ def hit(answers: Sequence[str], wanted: Sequence[Sequence[str]]) -> Values:
     ]
 
 
-def _others(answer: str, forms: Sequence[str], own: Sequence[str]) -> tuple[set[str], int]:
+def _others(answer: str, reference: str, forms: Sequence[str], own: Sequence[str]) -> tuple[set[str], int]:
     """Words that look like the language's and are nobody's; how often wanted words stand there beyond the limit."""
-    mine = {word for form in forms for word in words(fold(form))}
-    found = language_words(answer)
-    repeats = sum(found.count(word) - MAX_REPEATS for word in mine if found.count(word) > MAX_REPEATS)
+    mine = {word for form in forms for word in folded_words(form)}
+    found, given = language_words(answer), language_words(reference)
+    repeats = sum(max(0, found.count(word) - max(MAX_REPEATS, given.count(word))) for word in mine)
     return set(found) - mine - set(own), repeats
 
 
@@ -117,9 +130,10 @@ def morphology(answers: Sequence[str], wanted: Sequence[Sequence[str]], knowledg
     """
     values: Values = []
     for answer, forms in zip(answers, wanted, strict=True):
-        there = words(fold(answer))
         scores = [
-            max((_affixes(word, key, knowledge) for word in there), default=0.0)
+            1.0
+            if contains_form(answer, key)
+            else max((_affixes(word, key, knowledge) for word in folded_words(answer)), default=0.0)
             for key in map(fold, forms)
             if len(knowledge.segments.get(key, ())) > 1
         ]
@@ -129,8 +143,6 @@ def morphology(answers: Sequence[str], wanted: Sequence[Sequence[str]], knowledg
 
 def _affixes(word: str, form: str, knowledge: Knowledge) -> float:
     """The share of the form's affixes that ``word`` has in their places around the form's stem."""
-    if word == form:
-        return 1.0
     segments, stem = knowledge.segments[form], knowledge.stems[form]
     if stem not in segments or stem not in word:
         return 0.0
@@ -151,13 +163,13 @@ def _affixes(word: str, form: str, knowledge: Knowledge) -> float:
 def hallucination(answers: Sequence[str], allowed: Sequence[Sequence[str]], knowledge: Knowledge) -> Values:
     """P_hall in [0, 1], a penalty: the share of the answer's words of the language that nothing attests.
 
-    A word is attested by the lexicon, or ``allowed`` (of the question or the reference). None where the answer has no
-    word that looks like the language's.
+    A word is attested by the lexicon (an affix that it names, too), or ``allowed`` (of the question or the reference).
+    None where the answer has no word that looks like the language's.
     """
     values: Values = []
     for answer, own in zip(answers, allowed, strict=True):
         found = language_words(answer)
-        invented = [word for word in found if word not in knowledge.attested and word not in own]
+        invented = [word for word in found if not knowledge.has(word) and word not in own]
         values.append(len(invented) / len(found) if found else None)
     return values
 
@@ -178,7 +190,7 @@ def reasoning(
             continue
         bounded = _falling(len(words(trace)), MAX_REASONING_WORDS)
         used, given = language_words(trace), set(language_words(answer))
-        known = [word for word in used if word in knowledge.attested or word in own]
+        known = [word for word in used if knowledge.has(word) or word in own]
         grounded = len(known) / len(used) if used else float(not given)
         consistent = len(given & set(used)) / len(given) if given else 1.0
         values.append(bounded * grounded * consistent if words(trace) and answer else 0.0)
