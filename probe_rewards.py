@@ -88,7 +88,9 @@ def main(argv: list[str] | None = None) -> int:
             Path(args.output).parent.mkdir(parents=True, exist_ok=True)
             checkpoints.write_json(Path(args.output), result)
         except OSError as error:
-            raise StoneyError(f"--output {args.output}: can't be written: {error.strerror}; give another file") from None
+            raise StoneyError(
+                f"--output {args.output}: can't be written: {error.strerror}; give another file"
+            ) from None
     tracker = tracking.start_stage("probe_rewards", args, name=f"probe-{Path(dataset).name}",
                                    group=checkpoints.tracked(dataset).get("group"))  # fmt: skip
     tracker.use_artifact(checkpoints.tracked(dataset).get("artifact"))
@@ -110,11 +112,11 @@ def check_args(args: argparse.Namespace) -> tuple[str, str, list, dict[str, floa
 
     problems = cli.Problems()
 
-    def tried(call, *given):
+    def tried(call, *given, flag=""):
         try:
             return call(*given)
         except StoneyError as error:
-            problems.add(str(error))
+            problems.add(flag + str(error))
 
     data = tried(find_data, args)
     weights = read_weights(args.weights, problems)
@@ -129,7 +131,9 @@ def check_args(args: argparse.Namespace) -> tuple[str, str, list, dict[str, floa
                     f"--{flag}: belongs to the composite, which is not among the rewards; add --reward {COMPOSITE}"
                 )
     if args.base_model:
-        tried(find_model, resolve_unpublished(args.base_model)[0])
+        tried(find_model, resolve_unpublished(args.base_model)[0], flag="--base_model ")
+    if args.encoder:
+        tried(find_model, args.encoder, flag="--encoder ")
     if args.output is not None and (not args.output.strip() or Path(args.output).is_dir()):
         problems.add(f"--output {args.output!r}: no file; name one, such as probe.json")
     elif args.output and any(parent.exists() and not parent.is_dir() for parent in Path(args.output).parents):

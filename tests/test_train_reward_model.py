@@ -17,7 +17,7 @@ import pytest
 import tiny
 
 import train_reward_model
-from stoney_rl import checkpoints, corpus, planted, prepared
+from stoney_rl import checkpoints, corpus, models, planted, prepared
 from stoney_rl.data import Row, write_jsonl
 from stoney_rl.errors import StoneyError
 from stoney_rl.rewards import reward_model
@@ -226,7 +226,7 @@ def test_stage_json_tells_how_it_was_made(trained):
 def test_what_was_saved_is_what_was_trained(trained):
     import torch
 
-    source = reward_model.models.find_model(str(trained[0]))
+    source = models.ModelSource("model", str(trained[0]))
     model = reward_model.load_scorer(source, torch.float32)
     assert (checkpoints.probe_logits(model) - trained[1]).abs().max() < 1e-5
     assert trained[1].abs().max() > 1e-3
@@ -267,6 +267,15 @@ def test_prompts_may_be_tasks_texts_or_messages(reward):
     assert values == pytest.approx([values[0]] * 4, abs=1e-6)
     earlier = [{"role": "user", "content": "Hello."}, {"role": "assistant", "content": "Hello."}, *turns]
     assert reward([earlier], ["It is tâlo."]) != pytest.approx(values[:1], abs=1e-6)
+
+
+def test_it_serves_as_a_reward_plug_in(reward):
+    from stoney_rl.rewards import plugins
+
+    tasks = [Task(str(n), "Question 200: which word is it?", "It is tâlo.", (), frozenset()) for n in range(2)]
+    texts = ["It is tâlo.", "It is mîva."]
+    values = plugins.call(plugins.Plugin("reward_model", 1.0, reward.reward_model), tasks, texts)
+    assert values == reward(tasks, texts) and values[0] > values[1]
 
 
 def test_a_score_does_not_depend_on_its_neighbours(reward):

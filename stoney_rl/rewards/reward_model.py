@@ -127,6 +127,12 @@ class RewardModel:
                 values[at] = None
         return values
 
+    def reward_model(
+        self, completions: Sequence[str | list[dict]], prompts: Sequence[str | list[dict]], **columns: object
+    ) -> list[float | None]:
+        """The reward with TRL's signature, under the name that its logs show."""
+        return self(prompts, [text if isinstance(text, str) else text[-1]["content"] for text in completions])
+
     def squash(self, score: float) -> float:
         """tanh((score - mean) / scale): in [-1, 1]."""
         return math.tanh((score - self.mean) / self.scale)
