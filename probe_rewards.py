@@ -3,11 +3,11 @@
     python probe_rewards.py
     python probe_rewards.py --dataset prepared
     python probe_rewards.py --dataset prepared --reward composite=0.8 --reward my_rewards:politeness=0.2
-    python probe_rewards.py --weights R_dict=0.5 R_lex=0.2 --base_model checkpoints/smollm2-135m
+    python probe_rewards.py --weights R_dict=0.5 R_lex=0.2 --null_model checkpoints/smollm2-135m
 
 Reads: a prepared directory (its rows and its lexicon), or rows and --lexicon; without arguments the planted sample.
 Runs every attack of stoney_rl/rewards/attacks.py on the reward, beside the gold answer, a right answer in other words and
-an honest miss, and policies that have learned nothing. Prints a table; --output writes it as JSON.
+an honest miss, and policies that have learned nothing. Prints a table; --results_file writes it as JSON.
 Exit codes: 0 nothing found, 1 the reward can be gamed, 2 bad input, 130 interrupted.
 """
 
@@ -37,10 +37,10 @@ def build_parser() -> argparse.ArgumentParser:
     reward.add_argument("--encoder", help="sentence encoder for R_sem: folder or hub id; without one it is off")
 
     policy = parser.add_argument_group("null policy")
-    policy.add_argument("--base_model", help="a checkpoint whose answers must earn less than an honest answer")
+    policy.add_argument("--null_model", help="a checkpoint whose answers must earn less than an honest answer")
     policy.add_argument("--max_new_tokens", type=cli.positive_int, default=64, help="tokens an answer at most")
     policy.add_argument("--batch_size", type=cli.positive_int, default=16, help="prompts at a time")
-    parser.add_argument("--output", help="file for the result as JSON")
+    parser.add_argument("--results_file", help="file for the result as JSON")
     cli.add_tracking_flags(parser)
     return parser
 
@@ -66,10 +66,10 @@ def main(argv: list[str] | None = None) -> int:
 
     # 2. The attacks.
     policies = {}
-    if args.base_model:
+    if args.null_model:
         chosen = set(probe.sample(tasks, args.num_samples, args.seed))
         asked = [row for row, task in zip(rows, tasks, strict=True) if task in chosen]
-        policies[Path(args.base_model).name] = generate(args, asked)
+        policies[Path(args.null_model).name] = generate(args, asked)
     report = probe.probe(
         scorer(plugins, composite),
         tasks,
@@ -82,14 +82,14 @@ def main(argv: list[str] | None = None) -> int:
     print("\n" + probe.as_text(report))
 
     # 3. The result.
-    if args.output:
+    if args.results_file:
         result = checkpoints.describe_stage("probe", arguments=vars(args), seed=args.seed, **report.as_dict())
         try:
-            Path(args.output).parent.mkdir(parents=True, exist_ok=True)
-            checkpoints.write_json(Path(args.output), result)
+            Path(args.results_file).parent.mkdir(parents=True, exist_ok=True)
+            checkpoints.write_json(Path(args.results_file), result)
         except OSError as error:
             raise StoneyError(
-                f"--output {args.output}: can't be written: {error.strerror}; give another file"
+                f"--results_file {args.results_file}: can't be written: {error.strerror}; give another file"
             ) from None
     tracker = tracking.start_stage("probe_rewards", args, name=f"probe-{Path(dataset).name}",
                                    group=checkpoints.tracked(dataset).get("group"))  # fmt: skip
@@ -130,14 +130,16 @@ def check_args(args: argparse.Namespace) -> tuple[str, str, list, dict[str, floa
                 problems.add(
                     f"--{flag}: belongs to the composite, which is not among the rewards; add --reward {COMPOSITE}"
                 )
-    if args.base_model:
-        tried(find_model, resolve_unpublished(args.base_model)[0], flag="--base_model ")
+    if args.null_model:
+        tried(find_model, resolve_unpublished(args.null_model)[0], flag="--null_model ")
     if args.encoder:
         tried(find_model, args.encoder, flag="--encoder ")
-    if args.output is not None and (not args.output.strip() or Path(args.output).is_dir()):
-        problems.add(f"--output {args.output!r}: no file; name one, such as probe.json")
-    elif args.output and any(parent.exists() and not parent.is_dir() for parent in Path(args.output).parents):
-        problems.add(f"--output {args.output}: lies below a file; name one in a folder")
+    if args.results_file is not None and (not args.results_file.strip() or Path(args.results_file).is_dir()):
+        problems.add(f"--results_file {args.results_file!r}: no file; name one, such as probe.json")
+    elif args.results_file and any(
+        parent.exists() and not parent.is_dir() for parent in Path(args.results_file).parents
+    ):
+        problems.add(f"--results_file {args.results_file}: lies below a file; name one in a folder")
     problems.raise_if_any()
     return *data, plugins, DEFAULT_WEIGHTS | weights
 
@@ -184,11 +186,11 @@ def read_rows(dataset: str) -> list:
 
 
 def generate(args: argparse.Namespace, rows: list) -> list[str]:
-    """Greedy answers of --base_model to the rows' prompts."""
+    """Greedy answers of --null_model to the rows' prompts."""
     from stoney_rl import generation, models, prompts
     from stoney_rl.models import find_model, resolve_unpublished
 
-    source = find_model(resolve_unpublished(args.base_model)[0])
+    source = find_model(resolve_unpublished(args.null_model)[0])
     tokenizer = models.load_tokenizer(source)
     prompts.prepare_tokenizer(tokenizer)
     model = models.load_model(source, models.inference_dtype("auto")).to(models.device())

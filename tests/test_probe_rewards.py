@@ -33,6 +33,9 @@ from collections import Counter
 
 import numpy as np
 
+from stoney_rl.lexemes import contains_form
+from stoney_rl.text import normalize
+
 
 def texts(completions):
     return [completion[0]["content"] for completion in completions]
@@ -71,7 +74,15 @@ def unreadable(completions, reference, wanted, **kwargs):
 
 
 def form_accuracy(completions, wanted, **kwargs):
-    """Nothing wrong with it but that it does not see the rest of the text."""
+    """Whether a short answer has the form: plain, and nothing is wrong with it."""
+    return [
+        float(len(normalize(text)) < 60 and all(contains_form(text, form) for form in forms)) if forms else None
+        for text, forms in zip(texts(completions), wanted)
+    ]
+
+
+def form_in_text(completions, wanted, **kwargs):
+    """The same without normalising, and with parts of words."""
     return [float(len(text) < 60 and all(form in text for form in forms)) if forms else None
             for text, forms in zip(texts(completions), wanted)]
 
@@ -185,8 +196,9 @@ def test_an_empty_list_of_affixes_that_pays_is_caught(tmp_path, capsys):
     argv = ["--dataset", str(path), *PLANTED[2:], "--reward", "published:affixes"]
     code, _, problems = run(*argv, capsys=capsys)
     assert code == 1
-    assert any("null policy 'says nothing' earns 0.95" in line for line in problems)
-    assert any("null policy 'echoes the prompt'" in line for line in problems)
+    free = "earns as much as an honest answer on 95 of 100 rows: they pay for nothing"
+    assert f"✗ null policy 'says nothing' {free}" in problems
+    assert f"✗ null policy 'always the same' {free}" in problems
     assert any("a reference that can't be read" in line for line in problems)
 
 
@@ -204,7 +216,7 @@ def test_echoing_a_hint_earns_less_than_an_answer_by_default(tmp_path, capsys):
     rows = [changed(row, question=f"{row.question} Hint: {row.answer}") for row in planted_rows(60)]
     rows = [Row(row.id, row.source, row.prompt, row.completion, row.lexemes, {}) for row in rows]
     path = write_jsonl(tmp_path / "rows.jsonl", rows)
-    code, out, problems = run("--dataset", str(path), *PLANTED[2:], capsys=capsys)
+    _, out, problems = run("--dataset", str(path), *PLANTED[2:], capsys=capsys)
     assert "60 of 60 prompts give" in out
     assert not any("echo" in line for line in problems)
 
@@ -237,6 +249,9 @@ def test_a_reward_without_these_failures_passes(capsys):
     """So that the replicas are not caught for being simple."""
     code, _, problems = run("--reward", "published:form_accuracy", capsys=capsys)
     assert (code, problems) == (0, [])
+    code, _, problems = run("--reward", "published:form_in_text", capsys=capsys)
+    assert code == 1
+    assert "✗ the gold answer in NFD earns something else than in NFC on 100 of 100 rows" in problems
 
 
 # -- the composite, whole and sabotaged
@@ -259,7 +274,7 @@ def test_the_default_passes_on_a_prepared_directory(tmp_path, capsys):
     argv = ["--dataset", str(source), "--tokenizer", str(tmp_path / "tokenizer"), "--max_length", "600", *QUIET]
     assert inspect_hf_dataset.main([*argv, "--output_dir", str(tmp_path / "prepared")]) == 0
     code, out, problems = run(
-        "--dataset", str(tmp_path / "prepared"), "--output", str(tmp_path / "probe.json"), capsys=capsys
+        "--dataset", str(tmp_path / "prepared"), "--results_file", str(tmp_path / "probe.json"), capsys=capsys
     )
     assert (code, problems) == (0, [])
     assert "rows ask for no form that their question lacks" in out
@@ -295,7 +310,7 @@ SABOTAGE = {
     "a length term that is added": (
         Composite,
         "_total",
-        lambda self, v: TOTAL(self, v | {"R_brev": 1.0}) + 0.1 * v["R_brev"],
+        lambda self, v: None if TOTAL(self, v) is None else TOTAL(self, v | {"R_brev": 1.0}) + 0.1 * v["R_brev"],
         "attack 'gold, padded' earns more than an honest answer",
     ),
     "a penalty that sees nothing": (
@@ -327,7 +342,7 @@ def test_a_sabotaged_composite_is_caught(prose, what, monkeypatch, capsys):
 
 def test_none_now_and_then_is_counted(capsys, tmp_path):
     output = tmp_path / "probe.json"
-    code, out, _ = run("--reward", "published:sometimes", "--output", str(output), capsys=capsys)
+    code, out, _ = run("--reward", "published:sometimes", "--results_file", str(output), capsys=capsys)
     lines = {line["name"]: line for line in json.loads(output.read_text(encoding="utf-8"))["lines"]}
     assert code in (0, 1)
     assert 0 < lines["gold"]["unscored"] < lines["gold"]["rows"] == 100
@@ -391,7 +406,7 @@ def test_rewards_that_cannot_be_loaded(spec, message):
     assert "\n" not in str(caught.value) and str(caught.value).startswith(f"--reward {spec.split('=')[0]}")
 
 
-def test_plugins_see_what_trl_would_give_them(monkeypatch):
+def test_plugins_see_what_trl_would_give_them():
     seen = {}
 
     def look(**columns):
@@ -402,9 +417,10 @@ def test_plugins_see_what_trl_would_give_them(monkeypatch):
     from stoney_rl.rewards.plugins import Plugin, call
 
     row = planted_rows(1)[0]
-    other = changed(row, affixes=["x"])
+    turns = [{"role": "user", "content": "Hello."}, {"role": "assistant", "content": "Yes?"}, *row.prompt]
+    other = Row(row.id, row.source, turns, row.completion, row.lexemes, row.metadata | {"affixes": ["x"]})
     call(Plugin("look", 1.0, look), [Task.of(row), Task.of(other)], ["a", "b"])
-    assert seen["prompts"] == [row.prompt, other.prompt]
+    assert seen["prompts"] == [row.prompt, turns]
     assert seen["completions"] == [[{"role": "assistant", "content": text}] for text in ("a", "b")]
     assert seen["reference"] == [row.answer] * 2 and seen["wanted"] == [[row.metadata["form"]]] * 2
     assert seen["rule"] == [row.metadata["rule"]] * 2  # the dataset's own columns
@@ -425,7 +441,7 @@ def test_weights_of_rewards(tmp_path, capsys):
     }.items():
         output = tmp_path / f"{name}.json"
         argv = [part for spec in specs for part in ("--reward", spec)]
-        run(*argv, "--num_samples", "20", "--output", str(output), capsys=capsys)
+        run(*argv, "--num_samples", "20", "--results_file", str(output), capsys=capsys)
         means[name] = {line["name"]: line["mean"] for line in json.loads(output.read_text(encoding="utf-8"))["lines"]}
     for line, mean in means["both"].items():
         assert mean == pytest.approx(0.5 * means["composite"][line] + 2 * means["other"][line])
@@ -434,7 +450,7 @@ def test_weights_of_rewards(tmp_path, capsys):
 
 def test_weights_of_terms(tmp_path, capsys):
     output = tmp_path / "new" / "probe.json"
-    argv = ["--weights", "P_hall=0.8", "R_lex=0", "--num_samples", "20", "--output", str(output)]
+    argv = ["--weights", "P_hall=0.8", "R_lex=0", "--num_samples", "20", "--results_file", str(output)]
     code, _, _ = run(*argv, capsys=capsys)
     result = json.loads(output.read_text(encoding="utf-8"))
     lines = {line["name"]: line["mean"] for line in result["lines"]}
@@ -460,7 +476,7 @@ def test_every_problem_of_the_flags_at_once(folder):
     done = script(
         *("--weights", "R_dict", "R_lex=x", "R_morph=-1", "R_cot=1", "R_cot=2", "R_lexx=1"),
         *("--reward", "nowhere:f", "--reward", "published:absent", "--reward", "composite=0"),
-        *("--dataset", "rows.jsonl", "--base_model", "checkpoints/none", "--encoder", "./none", "--output", "."),
+        *("--dataset", "rows.jsonl", "--null_model", "checkpoints/none", "--encoder", "./none", "--results_file", "."),
     )
     assert done.returncode == 2 and done.stdout == ""
     lines = done.stderr.splitlines()
@@ -468,7 +484,7 @@ def test_every_problem_of_the_flags_at_once(folder):
     for part in (
         *("--weights R_dict:", "--weights R_lex=x:", "--weights R_cot: given twice", "no term R_lexx"),
         *("nowhere can't be imported", "has no function absent", "expected a number above 0"),
-        *("--dataset rows.jsonl: no prepared directory", "--base_model", "--encoder", "--output '.'"),
+        *("--dataset rows.jsonl: no prepared directory", "--null_model", "--encoder", "--results_file '.'"),
     ):
         assert sum(part in line for line in lines) == 1, part
     assert len(lines) == 11
@@ -483,7 +499,7 @@ def test_every_problem_of_the_flags_at_once(folder):
         (["--reward", "published:letters", "--weights", "R_lex=1"], "--weights: belongs to the composite"),
         (["--dataset", "absent.jsonl", *PLANTED[2:]], "absent.jsonl"),
         ([*PLANTED[:2], "--lexicon", "absent.jsonl"], "absent.jsonl can't be read"),
-        (["--output", "published.py/probe.json"], "lies below a file"),
+        (["--results_file", "published.py/probe.json"], "lies below a file"),
     ],
 )
 def test_bad_flags(argv, message):
@@ -522,7 +538,7 @@ def test_the_same_seed_gives_the_same_result_in_another_process(tmp_path):
     results = []
     for number, seed in (("1", "7"), ("2", "7"), ("3", "8")):
         output = tmp_path / f"{number}.json"
-        argv = ["--num_samples", "25", "--seed", seed, "--output", str(output), *QUIET]
+        argv = ["--num_samples", "25", "--seed", seed, "--results_file", str(output), *QUIET]
         done = script(*argv, PYTHONHASHSEED=number)
         assert done.returncode == 0, done.stderr
         result = json.loads(output.read_text(encoding="utf-8"))
@@ -550,8 +566,8 @@ def test_help_is_quick():
 def test_a_base_model_is_a_null_policy(tmp_path, capsys):
     tiny.checkpoint(tmp_path / "base")
     output = tmp_path / "probe.json"
-    argv = ["--base_model", str(tmp_path / "base"), "--num_samples", "6", "--max_new_tokens", "8", "--batch_size", "4"]
-    code, out, problems = run(*argv, "--output", str(output), capsys=capsys)
+    argv = ["--null_model", str(tmp_path / "base"), "--num_samples", "6", "--max_new_tokens", "8", "--batch_size", "4"]
+    code, out, problems = run(*argv, "--results_file", str(output), capsys=capsys)
     lines = json.loads(output.read_text(encoding="utf-8"))["lines"]
     (line,) = [line for line in lines if line["name"] == "base"]
     assert (code, problems) == (0, [])
@@ -590,7 +606,7 @@ def encoder(tmp_path_factory):
 
 def test_an_encoder_scores_meaning(encoder, tmp_path, capsys):
     output = tmp_path / "probe.json"
-    code, out, _ = run("--encoder", str(encoder), "--num_samples", "8", "--output", str(output), capsys=capsys)
+    code, out, _ = run("--encoder", str(encoder), "--num_samples", "8", "--results_file", str(output), capsys=capsys)
     (term,) = [t for t in json.loads(output.read_text(encoding="utf-8"))["terms"] if t["term"] == "R_sem"]
     assert term["state"] == "alive" and term["gold"] == pytest.approx(1) and 0 <= term["honest"] < 1
     assert "R_sem could not be scored" not in out

@@ -293,6 +293,21 @@ def test_morphology(answer, wanted, expected):
     assert terms.morphology([answer], [wanted], KNOWLEDGE) == [pytest.approx(expected)]
 
 
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [
+        ("woliẖtâloṯelvu", 1.0),
+        ("liẖtâloṯel", 2 / 4),  # those beside the stem
+        ("wotâlovu", 0.0),  # an outer affix without the inner one is not in its place
+        ("liẖwotâlovuṯel", 0.0),
+        ("woliẖtâlovu", 2 / 4),
+    ],
+)
+def test_affixes_stand_side_by_side(answer, expected):
+    known = Knowledge.of([LexiconEntry("woliẖtâloṯelvu", stem="tâlo", segmentation="wo-liẖ-tâlo-ṯel-vu")])
+    assert terms.morphology([answer], [["woliẖtâloṯelvu"]], known) == [expected]
+
+
 def test_morphology_of_a_form_of_two_words():
     known = Knowledge.of([LexiconEntry(form="afelâ liẖtâlo", stem="tâlo", segmentation="afelâ -liẖ-tâlo")])
     assert terms.morphology(['"afelâ liẖtâlo".'], [["afelâ liẖtâlo"]], known) == [1.0]

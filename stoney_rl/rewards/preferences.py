@@ -20,6 +20,7 @@ import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 
 from stoney_rl import corpus, reading
@@ -323,7 +324,7 @@ class _FormFinder:
     def __init__(self, forms: Iterable[str]) -> None:
         self.forms = {mention_key(form): form for form in forms if any(map(is_of_the_language, words(fold(form))))}
         self.forms.pop("", None)
-        self.longest = max((key.count(" ") + 1 for key in self.forms), default=0)
+        self.longest = _longest(frozenset(self.forms))
 
     def __call__(self, text: str) -> list[str]:
         return list(dict.fromkeys(self.forms[key] for key in _runs(text, self.longest) if key in self.forms))
@@ -436,30 +437,29 @@ def bootstrap(rows: Corpus, knowledge: Knowledge, *, pairs_per_row: int = 4, see
     training = _about(knowledge, held["validation"] | held["test"], inside=False)
     parts: dict[str, list[Pair]] = {}
     sides: dict[str, list[Row]] = {}
-    leaked = 0
     for name in SPLITS:
         unseen = [row for row in getattr(split, name) if split.seen.get(row.id) is False]
         others = [row for row in getattr(split, name) if split.seen.get(row.id) is not False]
         about = _about(knowledge, held[name], inside=True) if unseen else knowledge
-        made = _corrupt(unseen, about, pairs_per_row, seed) + _corrupt(others, training, pairs_per_row, seed)
         barred = {"train": held["validation"] | held["test"], "validation": held["test"]}.get(name, frozenset())
-        kept = [pair for pair in made if not _mentions(pair.rejected, barred)]
-        leaked += len(made) - len(kept)
-        if not kept:
-            raise StoneyError(f"{rows.rowset.source}: no pair can be made for the {name} split; give more rows")
+        options = {"pairs_per_row": pairs_per_row, "seed": seed, "barred": barred}
         by_row: dict[str, list[Pair]] = defaultdict(list)
-        for pair in kept:
+        for pair in _corrupt(unseen, about, **options) + _corrupt(others, training, **options):
             by_row[pair.row.id].append(pair)
+        if not by_row:
+            raise StoneyError(f"{rows.rowset.source}: no pair can be made for the {name} split; give more rows")
         parts[name] = [pair for row in getattr(split, name) for pair in by_row[row.id]]
         sides[name] = [_both_sides(row, by_row[row.id]) for row in getattr(split, name) if by_row[row.id]]
     proof = certify(sides["train"], sides["validation"], sides["test"], split.seen)
-    notes = [f"{leaked:,} pairs would have shown a held-out form and are left out."] * bool(leaked)
     seen = {pair.id: split.seen[pair.row.id] for name in ("validation", "test") for pair in parts[name]}
     of_pairs = Split(**sides, dropped=split.dropped, seen=split.seen, certificate=split.certificate | proof)
-    return PairSet(**parts, seen=seen, corpus=Corpus(rows.rowset, of_pairs), notes=notes)
+    return PairSet(**parts, seen=seen, corpus=Corpus(rows.rowset, of_pairs))
 
 
-def _corrupt(rows: Sequence[Row], knowledge: Knowledge, pairs_per_row: int, seed: int) -> list[Pair]:
+def _corrupt(
+    rows: Sequence[Row], knowledge: Knowledge, *, pairs_per_row: int, seed: int, barred: frozenset[str]
+) -> list[Pair]:
+    """The pairs of ``rows``, none of which mentions a form of ``barred``."""
     tasks = [Task.of(row) for row in rows]
     used: Counter[str] = Counter()
     families: dict[str, list[str]] = defaultdict(list)
@@ -479,7 +479,7 @@ def _corrupt(rows: Sequence[Row], knowledge: Knowledge, pairs_per_row: int, seed
         for kind in sorted(CORRUPTIONS, key=lambda kind: (used[kind], rng.random())):
             chosen = normalize(wordings[turn % len(wordings)])
             rejected = _rejected(kind, replace(task, reference=chosen), ground)
-            if rejected is None:
+            if rejected is None or _mentions(rejected, barred):
                 continue
             answered = replace(row, completion=[{"role": "assistant", "content": chosen}])
             pairs.append(Pair(f"{row.id}~{kind}", answered, rejected, kind))
@@ -514,8 +514,13 @@ def _about(knowledge: Knowledge, held: frozenset[str], *, inside: bool) -> Knowl
 
 
 def _mentions(text: str, forms: frozenset[str]) -> bool:
-    longest = max((form.count(" ") + 1 for form in forms), default=0)
-    return any(run in forms for run in _runs(text, longest))
+    return any(run in forms for run in _runs(text, _longest(forms)))
+
+
+@lru_cache(maxsize=8)
+def _longest(forms: frozenset[str]) -> int:
+    """The number of words of the longest form."""
+    return max((form.count(" ") + 1 for form in forms), default=0)
 
 
 def kinds_of(pairs: Iterable[Pair]) -> list[str]:

@@ -5,7 +5,8 @@ A reward has a problem when
 - an attack earns more than the honest answer on more than ``TOLERANCE`` of the rows, or on average;
 - an attack without the right form earns more than an honest miss, likewise;
 - the gold answer earns less than an honest answer, or than itself written in another Unicode form;
-- a null policy is not below the honest answer by a tenth of the way from the policy to the gold answer;
+- a null policy is not below the honest answer by a tenth of the way from the policy to the gold answer, on average, or
+  earns as much as the honest answer on more than a tenth of the rows: they are free;
 - a term, or the whole, is the same for every text (dead), or a reference that can't be read is paid for.
 
 A term that is None for every text is switched off: that is said, and is no problem.
@@ -25,6 +26,7 @@ from stoney_rl.rewards.knowledge import Knowledge
 
 TOLERANCE = 0.01  # share of the rows on which an attack may win
 MIN_GAP = 0.1  # of the way from a null policy to the gold answer that an honest answer must be above it
+MAX_FREE = 0.1  # share of the rows on which a null policy may earn as much as an honest answer
 UNREADABLE = "???"
 EPSILON = 1e-9
 
@@ -186,6 +188,11 @@ def _check_null(report: Report, name: str, earned: dict, honest: dict, gold: dic
         report.problems.append(
             f"null policy '{name}' earns {mine:.3f}, an honest answer {theirs:.3f}, the gold answer {best:.3f}: nothing has to be "
             "learned"
+        )
+    free = sum(earned[at] >= honest[at] - EPSILON for at in common)
+    if free > MAX_FREE * len(common):
+        report.problems.append(
+            f"null policy '{name}' earns as much as an honest answer on {free} of {len(common)} rows: they pay for nothing"
         )
 
 

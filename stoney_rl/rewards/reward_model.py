@@ -225,7 +225,7 @@ def pair_trainer() -> type:
 
 
 def save_merged(
-    adapter: Path, work: Path, tokenizer: "PreTrainedTokenizerBase"
+    adapter: models.ModelSource, work: Path, tokenizer: "PreTrainedTokenizerBase"
 ) -> tuple["PreTrainedModel", dict, float]:
     """Merge ``adapter`` and its head in fp32 into a complete model in the directory ``work``, and load it again.
 
@@ -235,7 +235,7 @@ def save_merged(
     """
     import torch
 
-    model = load_scorer(models.find_model(str(adapter)), torch.float32)
+    model = load_scorer(adapter, torch.float32)
     model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     scores = checkpoints.probe_logits(model)
     model = model.merge_and_unload()
