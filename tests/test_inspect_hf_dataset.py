@@ -2,9 +2,13 @@
 
 import json
 import re
+import subprocess
+import sys
 import time
 import unicodedata
+from pathlib import Path
 
+import hub_stub
 import pytest
 import tiny
 
@@ -15,6 +19,7 @@ from stoney_rl.planted import PlantedLanguage
 from stoney_rl.planted_prose import prose_rows
 
 MAX_LENGTH = 250  # tokens, which are bytes here: some rows are longer
+REPOSITORY = Path(__file__).resolve().parent.parent
 QUIET = ["--wandb_mode", "disabled", "--max_length", str(MAX_LENGTH)]
 ROWS = 240
 HINTED = 17  # gives its answer away
@@ -307,3 +312,30 @@ def test_a_row_of_a_million_characters_costs_little(tmp_path, tokenizer):
     assert time.process_time() - started < 40
     forms = [json.loads(line)["form"] for line in (tmp_path / "p" / "lexicon.jsonl").read_text().splitlines()]
     assert max(map(len, forms)) < 200
+
+
+def test_without_arguments_the_project_s_dataset_is_fetched_and_then_cached(tmp_path, tokenizer):
+    """Two files with different columns, as the public repository has; then the hub is gone, and the cache is used."""
+    rows = [{key: row[key] for key in ("question", "answer", "pair_id")} for row in records()[:80]]
+    chats = [
+        {"messages": [{"role": "user", "content": row["question"]}, {"role": "assistant", "content": row["answer"]}]}
+        for row in records()[80:160]
+    ]
+    files = {
+        name: "".join(json.dumps(row) + "\n" for row in part).encode()
+        for name, part in (("qa/pairs.jsonl", rows), ("chat/train.jsonl", chats))
+    }
+    command = [sys.executable, str(REPOSITORY / "inspect_hf_dataset.py"), "--tokenizer", str(tokenizer), *QUIET]
+    with hub_stub.serve({inspect_hf_dataset.DEFAULT_DATASET: files}) as hub:
+        first = run(command, tmp_path, hub.url)
+    assert first.returncode == 0 and "160 rows from HarleyCooper/StoneyNakoda45k (" in first.stdout, first.stderr
+    again = run([*command, "--max_length", "300"], tmp_path, "http://127.0.0.1:9")
+    assert again.returncode == 0 and "can't be reached; this is the cached copy" in again.stdout, again.stderr
+    nothing = run(command, tmp_path / "elsewhere", "http://127.0.0.1:9")
+    assert nothing.returncode == 2 and len(nothing.stderr.splitlines()) == 1 and "no cached copy" in nothing.stderr
+
+
+def run(command, home, endpoint):
+    home.mkdir(exist_ok=True)
+    environment = hub_stub.environment(home, endpoint)
+    return subprocess.run(command, cwd=home, env=environment, capture_output=True, text=True, timeout=120)
