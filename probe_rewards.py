@@ -3,6 +3,7 @@
     python probe_rewards.py
     python probe_rewards.py --dataset prepared
     python probe_rewards.py --dataset prepared --reward composite=0.8 --reward my_rewards:politeness=0.2
+    python probe_rewards.py --dataset prepared --reward_model stoney_reward_model
     python probe_rewards.py --weights R_dict=0.5 R_lex=0.2 --null_model checkpoints/smollm2-135m
 
 Reads: a prepared directory (its rows and its lexicon), or rows and --lexicon; without arguments the planted sample.
@@ -33,6 +34,10 @@ def build_parser() -> argparse.ArgumentParser:
     reward = parser.add_argument_group("the reward")
     reward.add_argument("--reward", action="append", default=[], metavar="NAME[=WEIGHT]",
                         help="repeatable: composite, or package.module:function with TRL's signature; default: composite")  # fmt: skip
+    reward.add_argument(
+        "--reward_model", metavar="DIR", help="directory of train_reward_model.py, as a reward of its own"
+    )
+    reward.add_argument("--reward_model_weight", type=cli.positive_float, default=1.0, help="its weight")
     reward.add_argument("--weights", nargs="+", default=[], metavar="TERM=WEIGHT", help="of the composite's terms")
     reward.add_argument("--encoder", help="sentence encoder for R_sem: folder or hub id; without one it is off")
 
@@ -55,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
     from stoney_rl.rewards.composite import Composite, Task
     from stoney_rl.rewards.encoder import load_encoder
     from stoney_rl.rewards.knowledge import load_knowledge
-    from stoney_rl.rewards.plugins import scorer
+    from stoney_rl.rewards.plugins import Plugin, scorer
 
     knowledge = load_knowledge(lexicon)
     rows = read_rows(dataset)
@@ -63,6 +68,12 @@ def main(argv: list[str] | None = None) -> int:
     composite = Composite(knowledge, weights, load_encoder(args.encoder) if args.encoder else None)
     print(f"{dataset}: {len(rows):,} rows; {lexicon}: {len(knowledge.forms):,} forms, "
           f"{len(knowledge.segments):,} with a segmentation", flush=True)  # fmt: skip
+
+    if args.reward_model:
+        from stoney_rl.rewards.reward_model import load_reward_model
+
+        learned = load_reward_model(args.reward_model, batch_size=args.batch_size)
+        plugins.append(Plugin("reward_model", args.reward_model_weight, learned.reward_model))
 
     # 2. The attacks.
     policies = {}
@@ -121,7 +132,7 @@ def check_args(args: argparse.Namespace) -> tuple[str, str, list, dict[str, floa
     data = tried(find_data, args)
     weights = read_weights(args.weights, problems)
     tried(Composite, Knowledge(frozenset()), DEFAULT_WEIGHTS | weights)
-    specs = args.reward or [COMPOSITE]
+    specs = args.reward or ([] if args.reward_model else [COMPOSITE])
     loaded = [tried(load_plugins, [spec]) for spec in specs]
     plugins = tried(load_plugins, specs) if all(loaded) else []
     if all(loaded) and not any(plugin.name == COMPOSITE for one in loaded for plugin in one):
@@ -132,6 +143,10 @@ def check_args(args: argparse.Namespace) -> tuple[str, str, list, dict[str, floa
                 )
     if args.null_model:
         tried(find_model, resolve_unpublished(args.null_model)[0], flag="--null_model ")
+    if args.reward_model:
+        from stoney_rl.rewards.reward_model import find_reward_model
+
+        tried(find_reward_model, args.reward_model, flag="--reward_model ")
     if args.encoder:
         tried(find_model, args.encoder, flag="--encoder ")
     if args.results_file is not None and (not args.results_file.strip() or Path(args.results_file).is_dir()):

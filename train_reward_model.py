@@ -32,7 +32,7 @@ from stoney_rl.models import DEFAULT_MODEL, find_model, resolve_unpublished
 # Arguments that change nothing in the result: they may differ between a run and its --resume.
 NOT_IDENTITY = {"resume", "overwrite", "config", "save_steps", "save_total_limit", "logging_steps"}
 PREDICTIONS_FILE, RESULTS_FILE, PLOT_FILE = "predictions.jsonl", "results.json", "results.png"
-SCALE_PAIRS = 512  # training pairs whose scores give the reward's mean and scale
+SCALE_PAIRS = 256  # training pairs whose scores give the reward's mean and scale
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -280,16 +280,18 @@ def main(argv: list[str] | None = None) -> None:
     del trainer, model
     gc.collect()
     with checkpoints.staged(output, overwrite=True) as work:
-        merged, fingerprint, difference = reward_model.save_merged(partial, work, tokenizer)
+        adapter = models.ModelSource("adapter", str(partial), base=source.name, revision=source.revision)
+        merged, fingerprint, difference = reward_model.save_merged(adapter, work, tokenizer)
         scorer = reward_model.RewardModel(
             merged.to(models.device()), tokenizer, max_length=args.max_length, batch_size=args.batch_size
         )
         sample = draw(train_set, SCALE_PAIRS, args.seed)
-        spread = scorer.scores([ids for one in sample for ids in (one["chosen_ids"], one["rejected_ids"])])
+        sides = ("chosen_ids", "rejected_ids")
+        spread = scorer.scores([one[side] for one in sample for side in sides], progress="scale")
         scorer.mean, scorer.scale = statistics.fmean(spread), statistics.pstdev(spread)
         if not scorer.scale > 0:
             raise StoneyError(f"{output}: every answer scores {scorer.mean:.3g}: nothing was learned; train longer")
-        chosen, rejected = (scorer.scores([one[side] for one in test_set]) for side in ("chosen_ids", "rejected_ids"))
+        chosen, rejected = (scorer.scores([one[side] for one in test_set], progress="test") for side in sides)
         tested = [pairs.test[one["index"]] for one in test_set]
         groups = measure(tested, chosen, rejected, pairs.seen, args)
         headline = next(iter(groups))

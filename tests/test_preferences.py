@@ -20,7 +20,7 @@ from stoney_rl.planted import PlantedLanguage
 from stoney_rl.rewards import attacks, preferences
 from stoney_rl.rewards.composite import Task
 from stoney_rl.rewards.knowledge import Knowledge
-from stoney_rl.rewards.preferences import CORRUPTIONS, KEEP_THE_FORM, bootstrap, load_pairs, split_pairs
+from stoney_rl.rewards.preferences import CORRUPTIONS, GRADED, KEEP_THE_FORM, KINDS, bootstrap, load_pairs, split_pairs
 
 
 def write(path: Path, lines: list) -> Path:
@@ -158,9 +158,10 @@ def test_the_split_by_prompt_does_not_depend_on_the_order(tmp_path):
 
 def test_with_a_lexicon_the_split_is_by_lexeme(tmp_path):
     lines = human(30)
-    # Only the rejected answer names the other's stem: a training pair must not show it either.
+    # Only the rejected answers name a second stem: a training pair must not show it either.
     stems = PlantedLanguage(0, 30).stems
-    lines[0]["rejected"] = f"Here is {stems[7]}."
+    for at in range(0, 30, 2):
+        lines[2 * at]["rejected"] = f"Here is {stems[at + 1]}."
     knowledge = Knowledge.of(PlantedLanguage(0, 30).lexicon())
     file = load_pairs(write(tmp_path / "p.jsonl", lines))
     pairs = split_pairs(file, knowledge, test_fraction=0.3)
@@ -225,10 +226,30 @@ def test_a_form_without_diacritics_gets_one(task, ground):
     assert {preferences.one_diacritic(plain, ground) for _ in range(30)} == {'"m̂o".', '"mô".'}
 
 
+def test_an_answer_that_keeps_the_form_is_not_called_worse(task, ground):
+    given = replace(task, question='Is it "liẖtâlo"?')
+    assert preferences._rejected("prompt echoed", given, ground) is None
+    assert preferences._rejected("right, repeated", given, ground)
+
+
+def test_forms_of_several_words_are_found_whole():
+    find = preferences._FormFinder(("tâlo", "mîva tâlo", "of the"))
+    assert find("Say Mîva, tâlo. Of the rest: mîva.") == ["mîva tâlo", "tâlo"]  # "of the" is English too
+    assert preferences._mentions("a mîva-tâlo of it", frozenset({"mîva tâlo"}))
+    assert not preferences._mentions("a mîva of tâlo", frozenset({"mîva tâlo"}))
+
+
 def test_a_row_that_asks_for_no_form_has_no_corrupted_form(task, ground):
     prose = replace(task, wanted=(), reference="It means to gather.")
     made = {kind for kind in CORRUPTIONS if kind != "another row's gold" and preferences._rejected(kind, prose, ground)}
-    assert made == {"right, repeated", "right, then rambling", "cut short", "prompt echoed", "fluent English", "shuffled"}
+    assert made == {
+        "right, repeated",
+        "right, then rambling",
+        "cut short",
+        "prompt echoed",
+        "fluent English",
+        "shuffled",
+    }
 
 
 # Pairs made of rows.
@@ -258,18 +279,23 @@ def made(rows, knowledge):
 
 def test_every_kind_is_there_and_about_as_often(made):
     counts = Counter(pair.kind for pair in made.train)
-    assert list(counts) and set(counts) == set(CORRUPTIONS)
-    assert max(counts.values()) - min(counts.values()) <= 0.2 * max(counts.values())
-    assert preferences.kinds_of(made.train) == list(CORRUPTIONS)
+    assert set(counts) == set(KINDS)
+    assert max(counts.values()) - min(counts.values()) <= 0.3 * max(counts.values())
+    assert preferences.kinds_of(made.train) == list(KINDS)
 
 
 def test_chosen_is_right_and_rejected_is_not(made):
     for pair in [*made.train, *made.validation, *made.test]:
         form = pair.row.metadata["form"]
-        assert contains_form(pair.chosen, form)
+        assert contains_form(pair.chosen, form) == (pair.kind not in GRADED)
         assert contains_form(pair.rejected, form) == (pair.kind in KEEP_THE_FORM)
-    honest = sum(pair.chosen.startswith("For this one says") for pair in made.train)
-    assert 0.4 < honest / len(made.train) < 0.6
+    honest = Counter(pair.row.id for pair in made.train if pair.chosen.startswith("For this one says"))
+    assert set(honest.values()) == {2} and len(honest) == len({pair.row.id for pair in made.train})  # two of four
+
+
+def test_a_miss_is_an_attested_form(made, knowledge):
+    misses = [pair for pair in made.train if pair.kind in GRADED]
+    assert misses and all(any(contains_form(pair.chosen, form) for form in knowledge.forms) for pair in misses)
 
 
 def test_style_does_not_tell_the_sides_apart(made):
@@ -308,8 +334,7 @@ def test_corruptions_of_unseen_rows_use_words_never_trained_on(made, rows):
 def test_the_certificate_would_catch_a_leak(rows, knowledge, monkeypatch):
     monkeypatch.setattr(preferences, "_about", lambda knowledge, held, inside: knowledge)
     monkeypatch.setattr(attacks, "_other_form", lambda task, ground: ground.rng.choice(ground.knowledge.forms))
-    repaired = bootstrap(rows, knowledge)
-    assert "pairs would have shown a held-out form and are left out." in repaired.notes[0]
+    assert not any(bootstrap(rows, knowledge).corpus.split.certificate["overlaps"].values())  # another kind is drawn
     monkeypatch.setattr(preferences, "_mentions", lambda text, forms: False)
     with pytest.raises(StoneyError, match="split: not disjoint"):
         bootstrap(rows, knowledge)

@@ -78,7 +78,9 @@ def test_a_changed_or_missing_file_is_refused(tmp_path, source, name):
     make(tmp_path / "prepared", source)
     path = tmp_path / "prepared" / name
     path.write_bytes(path.read_bytes() + b"\n")
-    with pytest.raises(StoneyError, match=f"{name}: not what was written .* python inspect_hf_dataset.py .*--overwrite"):
+    with pytest.raises(
+        StoneyError, match=f"{name}: not what was written .* python inspect_hf_dataset.py .*--overwrite"
+    ):
         corpus.prepare(tmp_path / "prepared")
     path.unlink()
     with pytest.raises(StoneyError, match=f"{name} is missing"):

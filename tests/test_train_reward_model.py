@@ -77,6 +77,8 @@ def inputs(tmp_path_factory):
     """A tiny base model, judgements with one bad line among them, and rows with a lexicon and a prepared directory."""
     directory = tmp_path_factory.mktemp("inputs")
     tiny.checkpoint(directory / "base", layers=1)
+    config = read(directory / "base/config.json") | {"pad_token_id": None}  # as in most language models
+    checkpoints.write_json(directory / "base/config.json", config)
     lines = [json.dumps(pair, ensure_ascii=False) for pair in human_pairs()]
     lines.insert(3, '{"prompt": "a judgement without answers"}')
     (directory / "pairs.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -234,6 +236,24 @@ def test_what_was_saved_is_what_was_trained(trained):
     assert (model.config.num_labels, model.config.pad_token_id) == (1, 0)
 
 
+def test_files_that_hold_another_model_are_not_published(here, monkeypatch):
+    from safetensors.torch import save_file
+    from transformers import PreTrainedModel
+
+    save = PreTrainedModel.save_pretrained
+
+    def spoiled(self, directory, **options):
+        save(self, directory, **options)
+        if (Path(directory) / "model.safetensors").exists():
+            held = weights(directory)
+            save_file(held | {"score.weight": held["score.weight"] * 1.01}, Path(directory) / "model.safetensors",
+                      metadata={"format": "pt"})  # fmt: skip
+
+    monkeypatch.setattr(PreTrainedModel, "save_pretrained", spoiled)
+    assert "the saved weights give other scores than the merged model; is the disk full?" in refusal("--max_steps", "1")
+    assert not Path("reward").exists()
+
+
 # The reward, as GRPO and probe_rewards.py call it.
 
 
@@ -278,6 +298,20 @@ def test_it_serves_as_a_reward_plug_in(reward):
     assert values == reward(tasks, texts) and values[0] > values[1]
 
 
+def test_the_probe_attacks_it(trained, capsys):
+    """By itself, or beside the composite; a reward learned from a few judgements about other words can be gamed."""
+    import probe_rewards
+
+    argv = ["--num_samples", "10", "--wandb_mode", "disabled", "--reward_model", str(trained[0])]
+    assert probe_rewards.main(argv) == 1
+    out = capsys.readouterr().out
+    assert "reward_model" in out and "R_dict" not in out
+    probe_rewards.main([*argv, "--reward", "composite", "--reward_model_weight", "0.01"])
+    assert "R_dict" in capsys.readouterr().out
+    with pytest.raises(StoneyError, match="--reward_model "):
+        probe_rewards.main([*argv[:-1], "nowhere"])
+
+
 def test_a_score_does_not_depend_on_its_neighbours(reward):
     texts = ["It is tâlo.", "It is mîva and so on and so on.", "no", "It is tâlo. " * 5]
     together = reward(["Which?"] * 4, texts)
@@ -287,7 +321,9 @@ def test_a_score_does_not_depend_on_its_neighbours(reward):
 
 def test_nfd_scores_as_nfc(reward):
     nfd = unicodedata.normalize("NFD", "It is tâlo.")
-    assert nfd != "It is tâlo." and reward(["Which?"] * 2, ["It is tâlo.", nfd])[0] == reward(["Which?"], [nfd])[0]
+    assert nfd != "It is tâlo."
+    composed, decomposed, bare = reward(["Which?"] * 3, ["It is tâlo.", nfd, "It is talo."])
+    assert composed == pytest.approx(decomposed, abs=1e-6) and composed != pytest.approx(bare, abs=1e-4)
 
 
 @pytest.mark.parametrize("text", ["", " \n", "<think>tâlo", "tâlo\x00", "?!", "tâlo " * 400])

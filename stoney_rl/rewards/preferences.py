@@ -8,7 +8,7 @@ A file of pairs (.jsonl, or any other kind that ``reading`` knows) has one on ea
 conversations, ``prompt`` may be left out. ``kind`` (what is wrong with the rejected answer), ``id``, ``lexemes`` and
 whatever else is there may be left out too and is kept. A line that is no pair is set aside with its number and reason.
 
-Files are split by prompt; with a lexicon by lexeme, as rows are (``split``). ``bootstrap`` makes pairs from rows that
+Files are split by prompt; with a lexicon, or ``lexemes`` of their own, by lexeme, as rows are (``split``). ``bootstrap`` makes pairs from rows that
 are split already. Either way no training pair, on either of its sides, mentions a form that an unseen test pair is
 about; the certificate counts that.
 """
@@ -420,12 +420,27 @@ CORRUPTIONS: dict[str, Attack] = {
     "shuffled": attacks.shuffled,
 }
 KEEP_THE_FORM = {"right, repeated", "right, then rambling"}
+# Among wrong answers an honest miss, another attested form in the same sentence, is better than these.
+GRADED = {
+    f"a miss over {kind}": kind
+    for kind in (
+        "one diacritic",
+        "diacritics stripped",
+        "diacritics sprinkled",
+        "invented form",
+        "prompt echoed",
+        "fluent English",
+        "shuffled",
+    )
+}
+KINDS = (*CORRUPTIONS, *GRADED)
 
 
 def bootstrap(rows: Corpus, knowledge: Knowledge, *, pairs_per_row: int = 4, seed: int = 0) -> PairSet:
-    """Pairs from rows: chosen is the gold answer or an honest rewording of it, rejected a corruption of that text.
+    """Pairs from rows: chosen is the gold answer or an honest rewording of it, rejected a corruption of that text; or, of
+    the kinds ``GRADED``, chosen is an honest miss.
 
-    Each row gets up to ``pairs_per_row`` of ``CORRUPTIONS``, those first that have been used least. What stands in
+    Each row gets up to ``pairs_per_row`` of ``KINDS``, those first that have been used least. What stands in
     corruptions of one split (other rows' answers, forms of the lexicon) is taken from that split alone. Raises
     ``StoneyError`` where a split has no row.
     """
@@ -476,10 +491,13 @@ def _corrupt(
             wordings.append(reworded)
         turn = rng.randrange(2)
         made = 0
-        for kind in sorted(CORRUPTIONS, key=lambda kind: (used[kind], rng.random())):
-            chosen = normalize(wordings[turn % len(wordings)])
-            rejected = _rejected(kind, replace(task, reference=chosen), ground)
-            if rejected is None or _mentions(rejected, barred):
+        for kind in sorted(KINDS, key=lambda kind: (used[kind], rng.random())):
+            right = replace(task, reference=normalize(wordings[turn % len(wordings)]))
+            chosen = _rejected("another form", right, ground) if kind in GRADED else right.reference
+            rejected = _rejected(GRADED.get(kind, kind), right, ground)
+            if not chosen or not rejected or fold(chosen) == fold(rejected):
+                continue
+            if _mentions(f"{chosen}\n{rejected}", barred):
                 continue
             answered = replace(row, completion=[{"role": "assistant", "content": chosen}])
             pairs.append(Pair(f"{row.id}~{kind}", answered, rejected, kind))
@@ -524,6 +542,6 @@ def _longest(forms: frozenset[str]) -> int:
 
 
 def kinds_of(pairs: Iterable[Pair]) -> list[str]:
-    """The kinds that ``pairs`` have, those of ``CORRUPTIONS`` first and in their order."""
+    """The kinds that ``pairs`` have, those of ``KINDS`` first and in their order."""
     there = dict.fromkeys(pair.kind for pair in pairs)
-    return [kind for kind in CORRUPTIONS if kind in there] + [kind for kind in there if kind not in CORRUPTIONS]
+    return [kind for kind in KINDS if kind in there] + [kind for kind in there if kind not in KINDS]

@@ -149,15 +149,17 @@ class RewardModel:
 
         return prompts.encode_example(self.tokenizer, prompt, answer, self._ends)["input_ids"]
 
-    def scores(self, sequences: Sequence[list[int]]) -> list[float]:
-        """The raw score of each token sequence, batched by length."""
+    def scores(self, sequences: Sequence[list[int]], *, progress: str | None = None) -> list[float]:
+        """The raw score of each token sequence, batched by length; with a bar that says ``progress``, if given."""
         import torch
+        from tqdm import tqdm
 
         found = [0.0] * len(sequences)
         order = sorted(range(len(sequences)), key=lambda at: len(sequences[at]))
         pad = self.tokenizer.pad_token_id
         self.model.eval()
-        for start in range(0, len(order), self.batch_size):
+        starts = range(0, len(order), self.batch_size)
+        for start in tqdm(starts, desc=progress, unit="batch", leave=False, disable=progress is None):
             batch = order[start : start + self.batch_size]
             width = len(sequences[batch[-1]])
             ids = torch.tensor([sequences[at] + [pad] * (width - len(sequences[at])) for at in batch])
