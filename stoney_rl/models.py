@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from stoney_rl.checkpoints import locate
+from stoney_rl.checkpoints import locate, read_stage
 from stoney_rl.errors import StoneyError
 
 if TYPE_CHECKING:
@@ -25,6 +25,7 @@ MADE_BY = {
     "stoney_lora_merged": "python train_lora.py",
     "stoney_lora_phi3_local_ckpt": "python train_lora_local.py",
     "stoney_lora_phi3_local_merged": "python train_lora_local.py",
+    "stoney_reward_model": "python train_reward_model.py",
     "stoney_rl_grpo": "python train_grpo.py --lora_path stoney_lora_merged",
 }
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -88,6 +89,8 @@ def _missing(path: Path) -> str:
 
 def _find_local(path: Path) -> ModelSource:
     names = {entry.name for entry in path.iterdir()}
+    if (read_stage(path) or {}).get("stage") == "reward":
+        raise StoneyError(f"{path}: a reward model, which scores answers and writes none; give a language model")
     if "adapter_config.json" in names:
         if not names & {"adapter_model.safetensors", "adapter_model.bin"}:
             raise StoneyError(f"{path}: adapter_config.json without adapter_model.safetensors; make the adapter again")
