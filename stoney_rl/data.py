@@ -734,7 +734,7 @@ def _cached(hub_id: str, wanted: dict, reason: str) -> _Download:
     return _Download(folder, folder.name, [note + "."])
 
 
-def _write_lines(path: str | Path, lines: Iterable[bytes]) -> Path:
+def write_lines(path: str | Path, lines: Iterable[bytes]) -> Path:
     """Write ``lines`` to ``path`` by way of a temporary name, so that a file with its final name is whole."""
     path = Path(path)
     partial = path.with_name(f".{path.name}.tmp-{os.getpid()}")
@@ -754,13 +754,13 @@ def _write_lines(path: str | Path, lines: Iterable[bytes]) -> Path:
 
 def write_jsonl(path: str | Path, rows: Iterable[Row]) -> Path:
     """Write rows as JSON lines that ``load_rows`` reads back unchanged. Raises StoneyError if it can't be written."""
-    return _write_lines(path, (json.dumps(row.to_dict(), ensure_ascii=False).encode() for row in rows))
+    return write_lines(path, (json.dumps(row.to_dict(), ensure_ascii=False).encode() for row in rows))
 
 
 def write_quarantine(path: str | Path, quarantine: Iterable[Quarantined]) -> Path:
     """Write quarantined rows as JSON lines (source, line, reason, text). Raises StoneyError if it can't be written."""
     fields = ("source", "line", "reason", "text")
-    return _write_lines(
+    return write_lines(
         path,
         (json.dumps({key: getattr(q, key) for key in fields}, ensure_ascii=False).encode() for q in quarantine),
     )

@@ -6,13 +6,12 @@ write_lexicon("lexicon.jsonl", entries)
 """
 
 import json
-import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from stoney_rl.data import Row
+from stoney_rl.data import Row, write_lines
 from stoney_rl.errors import StoneyError
 from stoney_rl.glosses import facts_by_key, fold
 from stoney_rl.text import normalize
@@ -87,20 +86,7 @@ def write_lexicon(path: str | Path, entries: Iterable[LexiconEntry]) -> Path:
     Keys: form, gloss and pos (the most frequent, or null), count, glosses, parts_of_speech, sources; also stem and
     segmentation where they are known.
     """
-    path = Path(path)
-    partial = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with partial.open("w", encoding="utf-8", newline="\n") as stream:
-                for entry in entries:
-                    stream.write(json.dumps(_to_dict(entry), ensure_ascii=False) + "\n")
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
-    except OSError as error:
-        raise StoneyError(f"{path} can't be written: {error.strerror}; give a path that can") from None
-    return path
+    return write_lines(path, (json.dumps(_to_dict(entry), ensure_ascii=False).encode() for entry in entries))
 
 
 def _to_dict(entry: LexiconEntry) -> dict:

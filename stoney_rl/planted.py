@@ -25,14 +25,13 @@ Write rows.jsonl (training rows, a known source of ``data.load_rows``) and lexic
 
 import argparse
 import json
-import os
 import random
 import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from stoney_rl.cli import Problems, fraction, make_parser, parse_args, positive_int, run
-from stoney_rl.data import Row, write_jsonl
+from stoney_rl.data import Row, write_jsonl, write_lines
 from stoney_rl.errors import StoneyError
 from stoney_rl.text import fold
 
@@ -354,17 +353,7 @@ def _substrings(text: str, shortest: int, longest: int) -> list[str]:
 
 def write_lexicon(path: Path, entries: list[Entry]) -> None:
     """Write the entries as JSON lines, under a temporary name until the file is whole. Raises ``StoneyError``."""
-    partial = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    lines = "".join(json.dumps(asdict(entry), ensure_ascii=False) + "\n" for entry in entries)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            partial.write_bytes(lines.encode())
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
-    except OSError as error:
-        raise StoneyError(f"{path} can't be written: {error.strerror}; give a path that can") from None
+    write_lines(path, (json.dumps(asdict(entry), ensure_ascii=False).encode() for entry in entries))
 
 
 def build_parser() -> argparse.ArgumentParser:
