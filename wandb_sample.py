@@ -23,6 +23,7 @@ import secrets
 import struct
 import sys
 import time
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -184,7 +185,9 @@ def offline_records(path: Path) -> Iterator[Any]:
     """The protobuf records of a .wandb transaction file.
 
     Its format is LevelDB's log (github.com/google/leveldb/blob/main/doc/log_format.md) behind a 7-byte header: blocks
-    of 32 KiB, chunks of (CRC 4 bytes, length 2, type 1: whole, first, middle, last). Raises ValueError for other files.
+    of 32 KiB, chunks of (CRC-32 of what follows but the length 4 bytes, length 2, type 1: whole, first, middle, last).
+    wandb's own process may still be writing: a record whose end is not in the file yet is left out. Raises ValueError
+    for other files, and for a chunk that its checksum does not fit.
     """
     from wandb.proto import wandb_internal_pb2
 
@@ -194,12 +197,17 @@ def offline_records(path: Path) -> Iterator[Any]:
     position, partial = 7, b""
     while position + 7 <= len(data):
         room = 32768 - position % 32768
-        length, kind = struct.unpack_from("<HB", data, position + 4)
+        checksum, length, kind = struct.unpack_from("<IHB", data, position)
         if room < 7 or kind == 0:
             position += room
             continue
-        partial += data[position + 7 : position + 7 + length]
-        position += 7 + length
+        end = position + 7 + length
+        if end > len(data):
+            return
+        if zlib.crc32(data[position + 6 : end]) != checksum:
+            raise ValueError(f"{path} is damaged: the checksum at byte {position} is wrong")
+        partial += data[position + 7 : end]
+        position = end
         if kind in (1, 4):
             record = wandb_internal_pb2.Record()
             record.ParseFromString(partial)

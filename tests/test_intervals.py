@@ -230,10 +230,10 @@ def test_unequal_clusters_weigh_rows():
 
 def test_thousand_rows_in_seconds():
     counts = chrf_counts(1000)
-    start = time.perf_counter()
+    start = time.process_time()
     found = intervals.chrf_difference(counts, chrf_counts(1000, seed=1), seed=0, resamples=2000)
     assert found.n == 1000
-    assert time.perf_counter() - start < 2
+    assert time.process_time() - start < 2
 
 
 @pytest.mark.parametrize(

@@ -209,10 +209,10 @@ def test_target_forms():
 
 
 def test_long_hostile_text_is_read_in_linear_time():
-    start = time.perf_counter()
+    start = time.process_time()
     for text in ("'a " * 30_000, '"a' * 30_000, "`" * 60_000, '"vuẖ- ' * 20_000, "tâlo " * 20_000):
         extract_lexemes(text, "")
-    assert time.perf_counter() - start < 10  # it takes less than a second
+    assert time.process_time() - start < 10  # it takes less than a second
 
 
 def test_annotate_in_linear_time():

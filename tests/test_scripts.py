@@ -5,10 +5,10 @@ import importlib.util
 import json
 import os
 import re
+import resource
 import shlex
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -84,15 +84,12 @@ def test_there_are_scripts():
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_help_is_quick_and_shows_the_docstrings_commands(script, tmp_path):
-    fastest = 9.0
-    for _ in range(6):  # the best of a few: the machine may be busy
-        began = time.monotonic()
-        done = run(script, "--help", cwd=tmp_path)
-        fastest = min(fastest, time.monotonic() - began)
-        if fastest < 0.5:
-            break
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = run(script, "--help", cwd=tmp_path)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert done.returncode == 0 and not done.stderr
-    assert fastest < 0.5
+    # Of the processor, not by the clock: the machine may be busy.
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 0.5
     commands = [line.strip() for line in docstring(script).splitlines() if line.strip().startswith("python ")]
     assert commands and all(f"python {script}" in line for line in commands)
     assert all(command in done.stdout for command in commands)
@@ -134,7 +131,7 @@ def test_importing_a_script_loads_nothing_heavy_and_does_nothing(script, tmp_pat
     [
         f"stoney_rl.{path.stem}"
         for path in sorted((REPOSITORY / "stoney_rl").glob("*.py"))
-        if path.stem not in ("__init__", "training")  # training's docstring says that it loads torch
+        if path.stem not in ("__init__", "grpo", "prefix", "training")  # they say that they load torch
     ],
 )
 def test_importing_the_library_loads_nothing_heavy(module, tmp_path):

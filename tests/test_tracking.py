@@ -21,6 +21,8 @@ from stoney_rl import tracking
 from stoney_rl.errors import StoneyError
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+# What is stuck in these tests is stuck for 30 s and longer: a wait that ends before this was bounded, however busy the machine.
+BOUNDED_SECONDS = 25
 KEY = "plantedkey" * 4  # 40 characters, as wandb wants them
 HUB_TOKEN = "hf_" + "PlantedHubToken" * 2
 
@@ -247,7 +249,7 @@ def test_knock_is_bounded_and_says_what_it_saw(stub):
     stub.behaviour = "hang"
     began = time.monotonic()
     assert tracking.knock(stub.url, KEY, 0.5) == ("down", f"{stub.url} did not answer in 0 s")
-    assert time.monotonic() - began < 3
+    assert time.monotonic() - began < BOUNDED_SECONDS
     assert tracking.knock("http://127.0.0.1:9", KEY, 5) == ("down", "http://127.0.0.1:9 cannot be reached")
 
 
@@ -353,9 +355,11 @@ def test_init_that_hangs_goes_offline(fake_wandb, monkeypatch):
     monkeypatch.setattr(threading.Thread, "join", lambda self, timeout=None: join(self, min(timeout or 1, 1)))
     began = time.monotonic()
     tracker = tracking.start("sft", {}, timeout=0.1)
-    assert tracker.mode == "offline" and "did not return" in tracker.reason and time.monotonic() - began < 10
+    assert tracker.mode == "offline" and "did not return" in tracker.reason
+    assert time.monotonic() - began < BOUNDED_SECONDS
     release.set()
-    while late.exit_code == "not finished" and time.monotonic() - began < 20:
+    deadline = time.monotonic() + BOUNDED_SECONDS
+    while late.exit_code == "not finished" and time.monotonic() < deadline:
         time.sleep(0.01)
     assert late.exit_code == 1 and tracker.mode == "offline"  # the run that came too late is closed, and not used
 
@@ -437,7 +441,7 @@ def test_a_stuck_call_does_not_hold_up_training(fake_wandb, monkeypatch, capsys)
     for _ in range(5):
         tracker.table("t", ["a"], [[1]])
         tracker.log({"loss": 1})
-    assert time.monotonic() - began < 2
+    assert time.monotonic() - began < BOUNDED_SECONDS
     assert fake_wandb.run.rows == [{"loss": 1}] * 5  # numbers go past the queue
     assert capsys.readouterr().out.count("W&B is slow") == 1
     release.set()
@@ -565,18 +569,18 @@ def test_offline_keeps_everything_but_the_key_and_can_be_synced(tmp_path, stub):
 
 
 @pytest.mark.parametrize(
-    ("behaviour", "says"),
-    [(401, "refuses the key (HTTP 401)"), (500, "answers HTTP 500"), ("hang", "did not answer in 2 s")],
+    ("behaviour", "timeout", "says"),
+    [(401, 30, "refuses the key (HTTP 401)"), (500, 30, "answers HTTP 500"), ("hang", 2, "did not answer in 2 s")],
 )
-def test_server_that_fails_at_the_start_means_offline(tmp_path, stub, behaviour, says):
+def test_server_that_fails_at_the_start_means_offline(tmp_path, stub, behaviour, timeout, says):
     stub.behaviour = behaviour
     body = """
-        tracker = tracking.start("sft", {}, timeout=2)
+        tracker = tracking.start("sft", {}, timeout=float(sys.argv[1]))
         tracker.log({"loss": 1.0})
         tracker.finish()
         print(tracker.mode, dict(tracker.failures))
     """
-    done = run_script(tmp_path, body, WANDB_BASE_URL=stub.url, WANDB_API_KEY=KEY)
+    done = run_script(tmp_path, body, str(timeout), WANDB_BASE_URL=stub.url, WANDB_API_KEY=KEY)
     assert done.returncode == 0 and done.stdout.count("tracking:") == 1, done.stdout + done.stderr
     assert says in done.stdout and "offline {'start': 1}" in done.stdout and "wandb sync" in done.stdout
     assert "Traceback" not in done.stderr
@@ -648,9 +652,10 @@ def test_wandbs_process_dying_does_not_end_the_run(tmp_path):
         tracker = tracking.start("sft", {})
         from wandb.sdk import wandb_setup
         wandb_setup.singleton()._connection._proc._process.kill()
-        time.sleep(0.5)
-        for step in range(3):
-            tracker.log({"loss": 1.0}, step=step)
+        deadline = time.monotonic() + 30  # until the client notices that its service is gone
+        while tracker.failures["log"] < 3 and time.monotonic() < deadline:
+            tracker.log({"loss": 1.0})
+            time.sleep(0.1)
         tracker.finish()
         print(tracker.failures["log"])
     """

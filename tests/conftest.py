@@ -1,0 +1,16 @@
+"""How the suite runs: whole, in parallel, one thread a process; chosen tests, in the process that was started."""
+
+import os
+
+import pytest
+
+# Before torch loads, here and in the processes that tests start: the workers share the cores already.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """What ``-n auto`` means: up to four workers (about 1.2 GB each) for the whole suite; none where files or tests
+    were named, as starting workers costs more than it saves."""
+    if config.args_source is not pytest.Config.ArgsSource.TESTPATHS:
+        return 0
+    return min(4, os.cpu_count() or 1)
