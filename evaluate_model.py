@@ -221,7 +221,9 @@ def find_baseline(baseline: str, source: ModelSource) -> tuple[str, "ModelSource
         base = source.base or (stage or {}).get("base_model")
         if not base or (stage and stage["stage"] == "base"):
             raise StoneyError(f"--baseline base: {source.name} does not say what it was trained from; name the model")
-        return short_name(base), find_model(checkpoints.locate(base, Path(source.name)))
+        base = checkpoints.locate(base, Path(source.name))
+        trained = (stage or {}).get("arguments", {})
+        return short_name(base), find_model(base, revision=None if Path(base).is_dir() else trained.get("revision"))
     path = Path(baseline)
     if path.is_dir() and (path / RESULTS_FILE).exists():
         if not (path / PREDICTIONS_FILE).exists():

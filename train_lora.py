@@ -40,14 +40,12 @@ NOT_IDENTITY = {
 def build_parser() -> argparse.ArgumentParser:
     parser = cli.make_parser(__doc__)
     paths = parser.add_argument_group("input and output")
-    paths.add_argument("--model", default=DEFAULT_MODEL, help="hub id, or folder of a base or merged model")
-    paths.add_argument("--revision", help="hub revision of the model")
+    cli.add_model_flags(paths, DEFAULT_MODEL)
     paths.add_argument("--dataset", default=DEFAULT_DATASET, help="hub id, file or folder of rows")
     paths.add_argument("--dataset_revision", help="hub revision of the dataset")
     paths.add_argument("--output_dir", default="stoney_lora_ckpt", help="the adapter's directory")
     paths.add_argument("--merged_dir", help="default: the output directory's name with _ckpt replaced by _merged")
-    paths.add_argument("--resume", action="store_true", help="continue an unfinished run, or start if there is none")
-    paths.add_argument("--overwrite", action="store_true", help="replace existing output and unfinished runs")
+    cli.add_resume_flags(paths)
 
     data = parser.add_argument_group("data")
     cli.add_split_flags(data, "the prepared dataset's own")
@@ -66,45 +64,25 @@ def build_parser() -> argparse.ArgumentParser:
         "--global_batch_size", type=cli.positive_int, help="rows an update over all devices; sets accumulation"
     )
     batch.add_argument("--per_device_eval_batch_size", type=cli.positive_int, help="default: --batch_size")
-    batch.add_argument(
-        "--num_train_epochs", type=cli.positive_float, default=3.0, help="passes over the training split"
-    )
-    batch.add_argument("--max_steps", type=cli.positive_int, help="updates; overrides --num_train_epochs")
+    cli.add_epoch_flags(batch, epochs=3.0, over="the training split")
 
     lora = parser.add_argument_group("adapter")
-    lora.add_argument("--lora_rank", type=cli.positive_int, default=16, help="rank of the update matrices")
-    lora.add_argument("--lora_alpha", type=cli.positive_float, default=32, help="scale: alpha / rank")
+    cli.add_lora_flags(lora, all_linear="every linear layer but the LM head, fused projections too")
     lora.add_argument("--lora_dropout", type=cli.fraction, default=0.0, help="dropout on the adapter's input")
-    lora.add_argument(
-        "--lora_target_modules", nargs="+", default=["all-linear"],
-        help="module names; all-linear finds every linear layer but the LM head, fused projections too",
-    )  # fmt: skip
     lora.add_argument("--use_rslora", action="store_true", help="scale by alpha / sqrt(rank) (arXiv 2312.03732)")
     lora.add_argument("--use_dora", action="store_true", help="weight-decomposed update (arXiv 2402.09353)")
 
     optim = parser.add_argument_group("optimisation")
-    optim.add_argument("--learning_rate", type=cli.positive_float, default=2e-4, help="peak learning rate")
-    optim.add_argument("--lr_scheduler_type", default="cosine", help="linear, cosine, constant_with_warmup, ...")
-    optim.add_argument(
-        "--warmup_ratio", type=cli.fraction, default=0.03, help="share of the updates with a rising rate"
-    )
-    optim.add_argument("--weight_decay", type=float, default=0.0, help="AdamW's weight decay")
-    optim.add_argument("--max_grad_norm", type=cli.positive_float, default=1.0, help="gradient clipping")
-    optim.add_argument("--optim", default="adamw_torch", help="any optimizer name of transformers")
+    cli.add_optimisation_flags(optim, learning_rate=2e-4, lr_scheduler_type="cosine", warmup_ratio=0.03)
     optim.add_argument("--neftune_noise_alpha", type=cli.positive_float, help="embedding noise (arXiv 2310.05914)")
     optim.add_argument("--seed", type=cli.non_negative_int, default=0, help="adapter initialisation and order of rows")
 
     compute = parser.add_argument_group("hardware")
-    compute.add_argument(
-        "--dtype", choices=["auto", "bf16", "fp16", "fp32"], default="auto", help="auto: by the hardware"
-    )
+    cli.add_hardware_flags(compute)
     compute.add_argument("--merged_dtype", choices=["auto", "bf16", "fp16", "fp32"], default="auto",
                          help="dtype in which the merged model is saved; auto: as the weights were loaded")  # fmt: skip
-    compute.add_argument("--gradient_checkpointing", action=argparse.BooleanOptionalAction, default=True,
-                         help="recompute activations: a third slower, a fraction of the memory")  # fmt: skip
     compute.add_argument("--group_by_length", action=argparse.BooleanOptionalAction, default=True,
                          help="batches of rows of like length: less padding")  # fmt: skip
-    compute.add_argument("--attn_implementation", help="sdpa (default), eager, flash_attention_2, ...")
     compute.add_argument(
         "--load_in_4bit", action="store_true", help="QLoRA: NF4 base weights (needs bitsandbytes and a GPU)"
     )
@@ -112,14 +90,7 @@ def build_parser() -> argparse.ArgumentParser:
     compute.add_argument("--num_gpus", type=cli.positive_int, help="with --multi_gpu; default: all")
 
     steps = parser.add_argument_group("logging, evaluation and saving")
-    steps.add_argument("--logging_steps", type=cli.positive_int, default=1, help="updates between loss records")
-    steps.add_argument(
-        "--eval_steps", type=cli.non_negative_int, help="updates between held-out losses; 0: never; default: a fifth"
-    )
-    steps.add_argument(
-        "--save_steps", type=cli.positive_int, help="updates between checkpoints; default: a tenth of the run"
-    )
-    steps.add_argument("--save_total_limit", type=cli.positive_int, default=2, help="checkpoints kept")
+    cli.add_saving_flags(steps, held_out="losses")
     steps.add_argument("--early_stopping_patience", type=cli.positive_int,
                        help="stop after this many held-out losses without a new best, and keep the best")  # fmt: skip
     cli.add_tracking_flags(parser)
@@ -131,14 +102,8 @@ def check_args(args: argparse.Namespace) -> None:
     problems = cli.Problems()
     if args.merged_dir is None:
         args.merged_dir = args.output_dir.rstrip("/").removesuffix("_ckpt") + "_merged"
-    if Path(args.merged_dir).resolve() == Path(args.output_dir).resolve():
-        problems.add(f"--merged_dir: {args.merged_dir} is the output directory too; choose another")
-    for flag, path in (("--output_dir", args.output_dir), ("--merged_dir", args.merged_dir)):
-        if Path(path).exists() and not Path(path).is_dir():
-            problems.add(f"{flag}: {path} is a file; choose a directory")
-    for flag, path in (("--output_dir", args.output_dir), ("--merged_dir", args.merged_dir)):
-        for name in held_by(path, args):
-            problems.add(f"{flag}: {path} holds {name}, which it would replace; choose another directory")
+    outputs = {"--output_dir": args.output_dir, "--merged_dir": args.merged_dir}
+    runs.check_outputs(outputs, {"--model": args.model, "--dataset": args.dataset}, problems)
     if args.global_batch_size and args.gradient_accumulation_steps:
         problems.add("--global_batch_size and --gradient_accumulation_steps: one sets the other; give only one")
     elif not args.multi_gpu:
@@ -160,15 +125,6 @@ def check_args(args: argparse.Namespace) -> None:
         except StoneyError as error:
             problems.add(str(error))
     problems.raise_if_any()
-
-
-def held_by(directory: str, args: argparse.Namespace) -> list[str]:
-    """What ``directory`` holds that must outlive the output that replaces it whole: an input, the other output."""
-    place = Path(directory).resolve()
-    inputs = {"--model": args.model, "--dataset": args.dataset, "the current folder": "."}
-    held = [name for name, path in inputs.items() if Path(path).exists() and Path(path).resolve().is_relative_to(place)]
-    outputs = {"--output_dir": args.output_dir, "--merged_dir": args.merged_dir}
-    return held + [name for name, path in outputs.items() if place in Path(path).resolve().parents]
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -203,13 +159,10 @@ def main(argv: list[str] | None = None) -> None:
     say(data.describe(rows.rowset))
     output, merged = Path(args.output_dir), Path(args.merged_dir)
     identity = runs.identify(vars(args), NOT_IDENTITY, model=source.name, data_sha256=rows.rowset.sha256)
-    if runs.is_finished([output, merged], identity, overwrite=args.overwrite):
-        say(f"{output} and {merged}: trained with these arguments on this data already (--overwrite trains again)")
+    partial = runs.begin([output, merged], identity, resume=args.resume, overwrite=args.overwrite)
+    if partial is None:
         return
-    partial = runs.open_partial(output, identity, resume=args.resume, overwrite=args.overwrite)
     last_checkpoint = runs.last_checkpoint(partial)
-    if args.resume:
-        say(f"--resume: continuing after {last_checkpoint}" if last_checkpoint else "--resume: nothing yet; starting")
 
     # 2. Model, tokenizer, tokens.
     import torch
@@ -289,18 +242,7 @@ def main(argv: list[str] | None = None) -> None:
         source, precision.weights, quantize_4bit=args.load_in_4bit, attn_implementation=args.attn_implementation
     )
     parent_fingerprint = checkpoints.check_fingerprint(Path(source.name), model)
-    before = runs.tracked_run(partial)
-    dataset_run = checkpoints.tracked(args.dataset)  # of a prepared directory
-    tracker = tracking.start_stage(
-        "train_lora",
-        args,
-        name=output.name,
-        group=before.get("group") or checkpoints.tracked(source.name).get("group") or dataset_run.get("group"),
-        resume_id=before.get("run_id"),
-    )
-    tracker.use_artifact(dataset_run.get("artifact"))
-    if runs.is_main():
-        checkpoints.write_json(partial / runs.TRACKING_FILE, {"run_id": tracker.run_id, "group": tracker.group})
+    tracker = runs.start_tracking("train_lora", args, partial, inputs=[source.name, args.dataset])
 
     # 3. Train.
     trainer = training.AnswerTrainer(
@@ -317,6 +259,7 @@ def main(argv: list[str] | None = None) -> None:
             target_modules=training.target_modules(model, args.lora_target_modules),
             use_rslora=args.use_rslora,
             use_dora=args.use_dora,
+            revision=source.revision,
         ),
         callbacks=[tracker.callback()]
         + ([EarlyStoppingCallback(args.early_stopping_patience)] if args.early_stopping_patience else []),

@@ -38,15 +38,13 @@ SCALE_PAIRS = 256  # training pairs whose scores give the reward's mean and scal
 def build_parser() -> argparse.ArgumentParser:
     parser = cli.make_parser(__doc__)
     paths = parser.add_argument_group("input and output")
-    paths.add_argument("--model", default=DEFAULT_MODEL, help="hub id, or folder of a base or merged model")
-    paths.add_argument("--revision", help="hub revision of the model")
+    cli.add_model_flags(paths, DEFAULT_MODEL)
     paths.add_argument(
         "--dataset", help="file or folder of preference pairs; with --bootstrap rows or a prepared directory"
     )
     paths.add_argument("--dataset_revision", help="hub revision of the dataset, with --bootstrap")
     paths.add_argument("--output_dir", default="stoney_reward_model", help="the reward model's directory")
-    paths.add_argument("--resume", action="store_true", help="continue an unfinished run, or start if there is none")
-    paths.add_argument("--overwrite", action="store_true", help="replace existing output and unfinished runs")
+    cli.add_resume_flags(paths)
 
     data = parser.add_argument_group("pairs")
     data.add_argument("--bootstrap", action="store_true", help="make pairs from gold answers and corruptions of them")
@@ -61,26 +59,13 @@ def build_parser() -> argparse.ArgumentParser:
     batch = parser.add_argument_group("batch and length of training")
     batch.add_argument("--batch_size", type=cli.positive_int, default=8, help="pairs a step before accumulation")
     batch.add_argument("--gradient_accumulation_steps", type=cli.positive_int, help="default: 1")
-    batch.add_argument(
-        "--num_train_epochs", type=cli.positive_float, default=1.0, help="passes over the training pairs"
-    )
-    batch.add_argument("--max_steps", type=cli.positive_int, help="updates; overrides --num_train_epochs")
+    cli.add_epoch_flags(batch, epochs=1.0, over="the training pairs")
 
     lora = parser.add_argument_group("adapter")
-    lora.add_argument("--lora_rank", type=cli.positive_int, default=16, help="rank of the update matrices")
-    lora.add_argument("--lora_alpha", type=cli.positive_float, default=32, help="scale: alpha / rank")
-    lora.add_argument("--lora_target_modules", nargs="+", default=["all-linear"],
-                      help="module names; all-linear finds every linear layer; the score head is trained whole")  # fmt: skip
+    cli.add_lora_flags(lora, all_linear="every linear layer; the score head is trained whole")
 
     optim = parser.add_argument_group("optimisation")
-    optim.add_argument("--learning_rate", type=cli.positive_float, default=2e-4, help="peak learning rate")
-    optim.add_argument("--lr_scheduler_type", default="cosine", help="linear, cosine, constant_with_warmup, ...")
-    optim.add_argument(
-        "--warmup_ratio", type=cli.fraction, default=0.03, help="share of the updates with a rising rate"
-    )
-    optim.add_argument("--weight_decay", type=float, default=0.0, help="AdamW's weight decay")
-    optim.add_argument("--max_grad_norm", type=cli.positive_float, default=1.0, help="gradient clipping")
-    optim.add_argument("--optim", default="adamw_torch", help="any optimizer name of transformers")
+    cli.add_optimisation_flags(optim, learning_rate=2e-4, lr_scheduler_type="cosine", warmup_ratio=0.03)
     optim.add_argument("--center_rewards_coefficient", type=cli.fraction, default=0.01,
                        help="pull of the two scores' sum towards 0 (arXiv 2312.09244, eq. 2)")  # fmt: skip
     optim.add_argument(
@@ -88,22 +73,10 @@ def build_parser() -> argparse.ArgumentParser:
     )
 
     compute = parser.add_argument_group("hardware")
-    compute.add_argument(
-        "--dtype", choices=["auto", "bf16", "fp16", "fp32"], default="auto", help="auto: by the hardware"
-    )
-    compute.add_argument("--gradient_checkpointing", action=argparse.BooleanOptionalAction, default=True,
-                         help="recompute activations: a third slower, a fraction of the memory")  # fmt: skip
-    compute.add_argument("--attn_implementation", help="sdpa (default), eager, flash_attention_2, ...")
+    cli.add_hardware_flags(compute)
 
     steps = parser.add_argument_group("logging, evaluation and saving")
-    steps.add_argument("--logging_steps", type=cli.positive_int, default=1, help="updates between loss records")
-    steps.add_argument(
-        "--eval_steps", type=cli.non_negative_int, help="updates between held-out losses; 0: never; default: a fifth"
-    )
-    steps.add_argument(
-        "--save_steps", type=cli.positive_int, help="updates between checkpoints; default: a tenth of the run"
-    )
-    steps.add_argument("--save_total_limit", type=cli.positive_int, default=2, help="checkpoints kept")
+    cli.add_saving_flags(steps, held_out="losses")
     steps.add_argument("--resamples", type=cli.positive_int, default=2000, help="bootstrap resamples of the test pairs")
     cli.add_tracking_flags(parser)
     return parser
@@ -112,13 +85,8 @@ def build_parser() -> argparse.ArgumentParser:
 def check_args(args: argparse.Namespace) -> None:
     """Raise ``StoneyError`` with every problem that can be seen without loading anything."""
     problems = cli.Problems()
-    output = Path(args.output_dir)
-    if output.exists() and not output.is_dir():
-        problems.add(f"--output_dir: {args.output_dir} is a file; choose a directory")
-    inputs = {"--model": args.model, "--dataset": args.dataset, "--lexicon": args.lexicon, "the current folder": "."}
-    for name, path in inputs.items():
-        if path and Path(path).exists() and Path(path).resolve().is_relative_to(output.resolve()):
-            problems.add(f"--output_dir: {output} holds {name}, which it would replace; choose another directory")
+    inputs = {"--model": args.model, "--dataset": args.dataset, "--lexicon": args.lexicon}
+    runs.check_outputs({"--output_dir": args.output_dir}, inputs, problems)
     if not args.dataset:
         problems.add("--dataset: give preference pairs, or rows or a prepared directory with --bootstrap")
     elif prepared.is_prepared(args.dataset):
@@ -163,14 +131,10 @@ def main(argv: list[str] | None = None) -> None:
     vars(args).update(pairs.corpus.split_arguments)
     output = Path(args.output_dir)
     identity = runs.identify(vars(args), NOT_IDENTITY, model=source.name, pairs_sha256=pairs.sha256)
-    if runs.is_finished([output], identity, overwrite=args.overwrite):
-        shutil.rmtree(runs.partial_directory(output), ignore_errors=True)  # left by a kill at the very end
-        print(f"{output}: trained with these arguments on these pairs already (--overwrite trains again)")
+    partial = runs.begin([output], identity, resume=args.resume, overwrite=args.overwrite)
+    if partial is None:
         return
-    partial = runs.open_partial(output, identity, resume=args.resume, overwrite=args.overwrite)
     last_checkpoint = runs.last_checkpoint(partial)
-    if args.resume:
-        print(f"--resume: continuing after {last_checkpoint}" if last_checkpoint else "--resume: nothing yet; starting")
 
     # 2. Model, tokenizer, tokens.
     import torch
@@ -239,17 +203,7 @@ def main(argv: list[str] | None = None) -> None:
     set_seed(args.seed)
     model = reward_model.load_scorer(source, precision.weights, attn_implementation=args.attn_implementation)
     model.score.float()
-    before = runs.tracked_run(partial)
-    dataset_run = checkpoints.tracked(args.dataset)  # of a prepared directory
-    tracker = tracking.start_stage(
-        "train_reward_model",
-        args,
-        name=output.name,
-        group=before.get("group") or checkpoints.tracked(source.name).get("group") or dataset_run.get("group"),
-        resume_id=before.get("run_id"),
-    )
-    tracker.use_artifact(dataset_run.get("artifact"))
-    checkpoints.write_json(partial / runs.TRACKING_FILE, {"run_id": tracker.run_id, "group": tracker.group})
+    tracker = runs.start_tracking("train_reward_model", args, partial, inputs=[source.name, args.dataset])
 
     # 3. Train.
     trainer = reward_model.pair_trainer()(

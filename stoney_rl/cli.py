@@ -66,6 +66,77 @@ def add_split_flags(group: argparse._ArgumentGroup, default: str) -> None:
     )
 
 
+def add_model_flags(group: argparse._ArgumentGroup, default: str) -> None:
+    """Flags of the model that a training stage starts from; ``default`` is a hub id or folder."""
+    group.add_argument("--model", default=default, help="hub id, or folder of a base or merged model")
+    group.add_argument("--revision", help="hub revision of the model")
+
+
+def add_resume_flags(group: argparse._ArgumentGroup) -> None:
+    """What to do about an earlier run in the same place (see ``runs.begin``)."""
+    group.add_argument("--resume", action="store_true", help="continue an unfinished run, or start if there is none")
+    group.add_argument("--overwrite", action="store_true", help="replace existing output and unfinished runs")
+
+
+def add_epoch_flags(group: argparse._ArgumentGroup, *, epochs: float, over: str) -> None:
+    """The length of training; ``epochs`` is the default, ``over`` says what an epoch passes over."""
+    group.add_argument("--num_train_epochs", type=positive_float, default=epochs, help=f"passes over {over}")
+    group.add_argument("--max_steps", type=positive_int, help="updates; overrides --num_train_epochs")
+
+
+def add_lora_flags(group: argparse._ArgumentGroup, *, all_linear: str) -> None:
+    """Flags of a LoRA adapter (arXiv 2106.09685); ``all_linear`` says what that target is for the stage's model."""
+    group.add_argument("--lora_rank", type=positive_int, default=16, help="rank of the update matrices")
+    group.add_argument("--lora_alpha", type=positive_float, default=32, help="scale: alpha / rank")
+    group.add_argument(
+        "--lora_target_modules", nargs="+", default=["all-linear"], help=f"module names; all-linear finds {all_linear}"
+    )
+
+
+def add_optimisation_flags(
+    group: argparse._ArgumentGroup, *, learning_rate: float, lr_scheduler_type: str, warmup_ratio: float
+) -> None:
+    """Flags of the optimizer and its schedule; the keywords are the stage's defaults."""
+    group.add_argument("--learning_rate", type=positive_float, default=learning_rate, help="peak learning rate")
+    group.add_argument(
+        "--lr_scheduler_type", default=lr_scheduler_type, help="linear, cosine, constant_with_warmup, ..."
+    )
+    group.add_argument(
+        "--warmup_ratio", type=fraction, default=warmup_ratio, help="share of the updates with a rising rate"
+    )
+    group.add_argument("--weight_decay", type=float, default=0.0, help="AdamW's weight decay")
+    group.add_argument("--max_grad_norm", type=positive_float, default=1.0, help="gradient clipping")
+    group.add_argument("--optim", default="adamw_torch", help="any optimizer name of transformers")
+
+
+def add_hardware_flags(group: argparse._ArgumentGroup) -> None:
+    """Precision, memory and attention kernels of a training stage (see ``models.choose_precision``)."""
+    group.add_argument(
+        "--dtype", choices=["auto", "bf16", "fp16", "fp32"], default="auto", help="auto: by the hardware"
+    )
+    group.add_argument(
+        "--gradient_checkpointing",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="recompute activations: a third slower, a fraction of the memory",
+    )
+    group.add_argument("--attn_implementation", help="sdpa (default), eager, flash_attention_2, ...")
+
+
+def add_saving_flags(group: argparse._ArgumentGroup, *, held_out: str) -> None:
+    """How often to log, evaluate and save, in updates; ``held_out`` names what is measured, in the plural."""
+    group.add_argument("--logging_steps", type=positive_int, default=1, help="updates between loss records")
+    group.add_argument(
+        "--eval_steps",
+        type=non_negative_int,
+        help=f"updates between held-out {held_out}; 0: never; default: a fifth",
+    )
+    group.add_argument(
+        "--save_steps", type=positive_int, help="updates between checkpoints; default: a tenth of the run"
+    )
+    group.add_argument("--save_total_limit", type=positive_int, default=2, help="checkpoints kept")
+
+
 def positive_int(text: str) -> int:
     """argparse type: an integer of at least 1."""
     value = int(text)

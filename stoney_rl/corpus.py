@@ -126,6 +126,30 @@ def trained_rows(rows: Iterable[Row], record: dict) -> list[Row]:
     return [row for row in rows if row_hash(row) in hashes]
 
 
+def as_trained(
+    checkpoint: str, *, dataset: str | None, default_dataset: str, revision: str | None = None, **asked: object
+) -> tuple[Corpus, dict]:
+    """The rows that ``checkpoint`` was trained on, split as its training split them, or others with the same arguments.
+
+    ``dataset``: None for the training's own, or ``default_dataset`` for a model that this pipeline did not train.
+    ``asked``: split seed and fractions, None to take the training's. Returns the corpus and the ``data`` entry of the
+    checkpoint's ``stage.json``, {} without one. Raises ``StoneyError`` if ``asked`` contradicts the training.
+    """
+    stage = (read_stage(Path(checkpoint)) if Path(checkpoint).is_dir() else None) or {}
+    trained_on = stage.get("data") or {}
+    recorded = locate(trained_on["source"], Path(checkpoint)) if trained_on else None
+    source = dataset or recorded or default_dataset
+    given = {key: value for key, value in asked.items() if value is not None}
+    if trained_on and source in (recorded, trained_on["source"]):
+        for key, value in given.items():
+            if value != trained_on["split"][key]:
+                raise StoneyError(
+                    f"--{key} {value}: {checkpoint} was trained with {trained_on['split'][key]}; leave the flag out"
+                )
+        revision = revision or trained_on.get("revision")
+    return prepare(source, revision=revision, **(trained_on.get("split", {}) | given)), trained_on
+
+
 @dataclass(frozen=True)
 class HeldOut:
     """Rows to evaluate: ``seen`` by row id; ``trained``: how many of them the model was trained on, None if unknown."""
@@ -155,19 +179,10 @@ def held_out(
     lexemes. Raises ``StoneyError`` if a row of a held-out split was trained on all the same, if ``asked`` contradicts the
     training, or if no row is left.
     """
-    stage = (read_stage(Path(checkpoint)) if Path(checkpoint).is_dir() else None) or {}
-    trained_on = stage.get("data") or {}
-    recorded = locate(trained_on["source"], Path(checkpoint)) if trained_on else None
-    source = dataset or recorded or default_dataset
-    given = {key: value for key, value in asked.items() if value is not None}
-    if trained_on and source in (recorded, trained_on["source"]):
-        for key, value in given.items():
-            if value != trained_on["split"][key]:
-                raise StoneyError(
-                    f"--{key} {value}: {checkpoint} was trained with {trained_on['split'][key]}; leave the flag out"
-                )
-        revision = revision or trained_on.get("revision")
-    prepared = prepare(source, revision=revision, **(trained_on.get("split", {}) | given))
+    prepared, trained_on = as_trained(
+        checkpoint, dataset=dataset, default_dataset=default_dataset, revision=revision, **asked
+    )
+    source = prepared.rowset.source
     parts = prepared.split
     record = training_record(checkpoint)
     rows = {"train": parts.train, "validation": parts.validation, "test": parts.test}.get(split)

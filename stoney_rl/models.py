@@ -40,7 +40,7 @@ class ModelSource:
     kind: str
     name: str
     base: str | None = None  # of an adapter: the model it goes on
-    revision: str | None = None
+    revision: str | None = None  # of a hub id: the model's own, or an adapter's base
 
     @property
     def tokenizer_name(self) -> str:
@@ -58,10 +58,13 @@ def find_model(name: str, *, revision: str | None = None) -> ModelSource:
     """Classify ``name`` and check that it is complete, without loading weights.
 
     Raises ``StoneyError`` for a folder that lacks files (named), for a path that does not exist (with what is near
-    and which command makes it), and for a hub id that is missing, gated or out of reach and not cached.
+    and which command makes it), for a ``revision`` of a folder, and for a hub id that is missing, gated or out of reach
+    and not cached.
     """
     path = Path(name).expanduser()
     if path.is_dir():
+        if revision is not None:
+            raise StoneyError(f"revision {revision!r} was given, but {name} is local; leave the revision out")
         return _find_local(path)
     if path.exists():
         if path.suffix == ".gguf":
@@ -95,14 +98,15 @@ def _find_local(path: Path) -> ModelSource:
         if not names & {"adapter_model.safetensors", "adapter_model.bin"}:
             raise StoneyError(f"{path}: adapter_config.json without adapter_model.safetensors; make the adapter again")
         try:
-            base = json.loads((path / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
+            config = json.loads((path / "adapter_config.json").read_text(encoding="utf-8"))
+            base = config["base_model_name_or_path"]
         except (ValueError, KeyError, OSError) as error:
             raise StoneyError(f"{path}/adapter_config.json: names no base model ({error!r})") from error
         if not base:
             raise StoneyError(
                 f"{path}/adapter_config.json: base_model_name_or_path is empty; name the base model there"
             )
-        return ModelSource("adapter", str(path), base=locate(base, path))
+        return ModelSource("adapter", str(path), base=locate(base, path), revision=config.get("revision"))
     missing = [] if "config.json" in names else ["config.json"]
     if not names.intersection(_WEIGHTS) and not any(re.fullmatch(r"model-\d+-of-\d+\.safetensors", n) for n in names):
         missing.append("model.safetensors")

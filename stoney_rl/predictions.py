@@ -1,12 +1,12 @@
 """Predictions files: one JSON line a row with what was asked, what was expected and what a system answered."""
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from stoney_rl import checkpoints
+from stoney_rl import checkpoints, records
 from stoney_rl.errors import StoneyError
 from stoney_rl.models import ModelSource
+from stoney_rl.records import append
 
 if TYPE_CHECKING:
     from stoney_rl.data import Row
@@ -33,26 +33,13 @@ def record(
     }
 
 
-def append(path: Path, records: list[dict]) -> None:
-    with path.open("a", encoding="utf-8") as file:
-        file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in records)
-
-
 def read(path: Path) -> dict[str, dict]:
-    """Whole lines by row id; {} if there is no file. A last line that a kill cut short is cut off the file too.
+    """Whole lines by row id (see ``records.read``); {} if there is no file.
 
     Raises ``StoneyError`` for a file that holds anything else.
     """
-    if not path.exists():
-        return {}
-    content = path.read_bytes()
-    whole = content[: content.rfind(b"\n") + 1]
-    if len(whole) < len(content):
-        path.write_bytes(whole)
     try:
-        # Not splitlines(): an answer may hold U+2028 or U+0085, which JSON leaves as they are.
-        records = [json.loads(line) for line in whole.decode("utf-8").split("\n") if line]
-        return {line["id"]: line for line in records}
+        return {line["id"]: line for line in records.read(path)}
     except (ValueError, KeyError, TypeError) as error:
         raise StoneyError(
             f"{path}: not a predictions file ({error!r}); delete it or choose another directory"
@@ -71,16 +58,16 @@ def from_earlier(directory: Path, rows: list["Row"], seen: dict[str, bool]) -> l
             f"{directory}: no answer to {len(missing)} of these {len(rows)} rows, such as {missing[0]}; "
             "evaluate it on the same rows"
         )
-    records = []
+    found = []
     for row in rows:
         line = earlier[row.id]
         if (line.get("prompt"), line.get("reference")) != (row.question, row.answer):
             raise StoneyError(f"{directory}: row {row.id} has another prompt or reference there; evaluate it again")
         truncated = bool(line.get("truncated"))
-        records.append(
+        found.append(
             record(row, line.get("prediction"), seen.get(row.id), tokens=line.get("tokens"), truncated=truncated)
         )
-    return records
+    return found
 
 
 def from_model(

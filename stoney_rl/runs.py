@@ -4,10 +4,17 @@ import json
 import os
 import shutil
 import sys
+from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from stoney_rl import checkpoints
+from stoney_rl import checkpoints, tracking
 from stoney_rl.errors import StoneyError
+
+if TYPE_CHECKING:
+    import argparse
+
+    from stoney_rl import cli
 
 IDENTITY_FILE = "identity.json"
 TRACKING_FILE = "tracking.json"
@@ -23,10 +30,55 @@ def partial_directory(output: Path) -> Path:
     return output.with_name(output.name + ".partial")
 
 
+def check_outputs(outputs: dict[str, str], inputs: dict[str, str | None], problems: "cli.Problems") -> None:
+    """Add to ``problems`` each output directory that can't be one, by the flag that names it.
+
+    It is a file, two are the same, or it holds something that must outlive it, since it is replaced whole: an input (by
+    the flag that names it, or a description), the current folder, another output.
+    """
+    places = {flag: Path(path).resolve() for flag, path in outputs.items()}
+    kept = inputs | {"the current folder": "."}
+    for number, (flag, place) in enumerate(places.items()):
+        path = outputs[flag]
+        if place.exists() and not place.is_dir():
+            problems.add(f"{flag}: {path} is a file; choose a directory")
+        for other in list(places)[:number]:
+            if places[other] == place:
+                problems.add(f"{flag}: {path} is the directory of {other} too; choose another")
+        held = [
+            name
+            for name, given in kept.items()
+            if given and Path(given).exists() and Path(given).resolve().is_relative_to(place)
+        ]
+        for name in held + [other for other, elsewhere in places.items() if place in elsewhere.parents]:
+            problems.add(f"{flag}: {path} holds {name}, which it would replace; choose another directory")
+
+
 def identify(arguments: dict, ignored: set[str], **inputs: object) -> dict:
     """What makes two runs the same: every argument that changes the result, and the inputs' hashes; plain JSON."""
     kept = {key: value for key, value in arguments.items() if key not in ignored and not key.startswith("wandb_")}
     return json.loads(json.dumps({"arguments": kept, **inputs}))
+
+
+def begin(outputs: list[Path], identity: dict, *, resume: bool, overwrite: bool) -> Path | None:
+    """Open the working directory of a training run and say whether it starts or continues; None if it is done.
+
+    ``outputs``: what the run writes, its main output first. Raises ``StoneyError`` as ``is_finished`` and
+    ``open_partial`` do.
+    """
+    say = print if is_main() else (lambda *_: None)
+    if is_finished(outputs, identity, overwrite=overwrite):
+        leftover = partial_directory(outputs[0])
+        if is_main() and _read(leftover / IDENTITY_FILE) in (None, identity):  # of a kill at the very end
+            shutil.rmtree(leftover, ignore_errors=True)
+        names = " and ".join(map(str, outputs))
+        say(f"{names}: trained with these arguments on this data already (--overwrite trains again)")
+        return None
+    partial = open_partial(outputs[0], identity, resume=resume, overwrite=overwrite)
+    if resume:
+        last = last_checkpoint(partial)
+        say(f"--resume: continuing after {last}" if last else "--resume: nothing yet; starting")
+    return partial
 
 
 def is_finished(outputs: list[Path], identity: dict, *, overwrite: bool, record: str = checkpoints.STAGE_FILE) -> bool:
@@ -48,8 +100,8 @@ def is_finished(outputs: list[Path], identity: dict, *, overwrite: bool, record:
 def open_partial(output: Path, identity: dict, *, resume: bool, overwrite: bool) -> Path:
     """Make or reopen the directory of the unfinished run.
 
-    One that holds no checkpoint and no answers yet is made anew. Raises ``StoneyError`` if there is one that does and neither ``resume`` nor ``overwrite`` is said, if it was started with
-    other arguments, and if it cannot be written.
+    One that holds no checkpoint and no answers yet is made anew. Raises ``StoneyError`` if there is one that does and
+    neither ``resume`` nor ``overwrite`` is said, if it was started with other arguments, and if it cannot be written.
     """
     partial = partial_directory(output)
     if partial.exists() and is_main() and (overwrite or not _holds_work(partial)):
@@ -78,9 +130,28 @@ def last_checkpoint(partial: Path) -> Path | None:
     return found[-1] if found else None
 
 
-def tracked_run(partial: Path) -> dict:
-    """The W&B run that the unfinished run belongs to: {'run_id', 'group'}, or {} before there is one."""
-    return _read(partial / TRACKING_FILE) or {}
+def start_tracking(
+    stage: str, args: "argparse.Namespace", partial: Path, *, inputs: Iterable[str]
+) -> "tracking.Tracker":
+    """``tracking.start_stage`` for the run in ``partial``: a resumed run goes on in the W&B run it began.
+
+    ``inputs``: the model and data that the run starts from. Those that were made under tracking are noted as used, and
+    the first of them that has a group gives it.
+    """
+    before = _read(partial / TRACKING_FILE) or {}
+    made = [checkpoints.tracked(name) for name in inputs]
+    tracker = tracking.start_stage(
+        stage,
+        args,
+        name=partial.name.removesuffix(".partial"),
+        group=next((run["group"] for run in (before, *made) if run.get("group")), None),
+        resume_id=before.get("run_id"),
+    )
+    for run in made:
+        tracker.use_artifact(run.get("artifact"))
+    if is_main():
+        checkpoints.write_json(partial / TRACKING_FILE, {"run_id": tracker.run_id, "group": tracker.group})
+    return tracker
 
 
 def relaunch_on_gpus(number: int | None) -> None:

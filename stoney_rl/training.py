@@ -8,17 +8,18 @@ import os
 import shutil
 import types
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from datasets import Dataset
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import Sampler
-from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, Trainer
+from transformers import PretrainedConfig, PreTrainedModel, PrinterCallback, ProgressCallback, Trainer
 from transformers.trainer_pt_utils import get_length_grouped_indices
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 from trl import SFTTrainer
@@ -38,7 +39,7 @@ _SCALED_LOGITS = ("final_logit_softcapping", "logit_scale", "output_multiplier",
 
 
 class WholeCheckpoints:
-    """Mixin for transformers' ``Trainer``: ``checkpoint-<step>`` appears when it is complete, by a rename.
+    """Mixin for TRL's trainers: ``checkpoint-<step>`` appears when it is complete, by a rename.
 
     transformers writes into the final directory file by file, so a kill in between leaves a directory that looks like
     a checkpoint and cannot be resumed from.
@@ -57,6 +58,8 @@ class WholeCheckpoints:
         if self.is_world_process_zero():
             shutil.rmtree(root / self._SAVING, ignore_errors=True)
         self.accelerator.wait_for_everyone()
+        # TRL 1.16 counts tokens from 0 again after a resume, but for GRPO, which counts them in the state itself.
+        self.state.num_input_tokens_seen = max(self.state.num_input_tokens_seen, self._total_train_tokens)
         self._is_saving = True
         try:
             super()._save_checkpoint(model, trial)
@@ -78,6 +81,11 @@ class WholeCheckpoints:
             for stale in (*Path(self.args.output_dir).glob(".old-*"), Path(self.args.output_dir, self._SAVING)):
                 shutil.rmtree(stale, ignore_errors=True)
         return super().train(*args, **kwargs)
+
+    def _init_training_state(self, *args: object, **kwargs: object) -> tuple[int, int]:
+        position = super()._init_training_state(*args, **kwargs)
+        self._total_train_tokens = self.state.num_input_tokens_seen
+        return position
 
     def _run_epoch(self, *args: object, **kwargs: object) -> None:
         # transformers trains one step too many when it resumes from a checkpoint at which training had ended.
@@ -113,12 +121,6 @@ class AnswerTrainer(WholeCheckpoints, SFTTrainer):
         if model.device.type == "cpu":
             _score_answers_only(model)
 
-    def _init_training_state(self, *args: object, **kwargs: object) -> tuple[int, int]:
-        position = super()._init_training_state(*args, **kwargs)
-        counts = [log["num_tokens"] for log in self.state.log_history if "num_tokens" in log]
-        self._total_train_tokens = counts[-1] if counts else 0  # TRL 1.16 counts from 0 again after a resume
-        return position
-
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler:
         if self.args.train_sampling_strategy != "group_by_length":
             return super()._get_train_sampler(train_dataset)
@@ -153,10 +155,7 @@ def _score_answers_only(model: PreTrainedModel) -> None:
     twice. On a CPU that is the larger part of a step. Here only positions with a label are projected, once. Same
     outputs, same loss; architectures that rescale their logits keep TRL's path.
     """
-    config = model.config.get_text_config()
-    if any(getattr(config, name, None) not in (None, 1, 1.0) for name in _SCALED_LOGITS):
-        return
-    if getattr(config, "output_router_logits", False):
+    if rescales_logits(model.config.get_text_config()):
         return
     trl_forward = model.forward
 
@@ -170,17 +169,8 @@ def _score_answers_only(model: PreTrainedModel) -> None:
         hidden = self.base_model(*args, **kwargs).last_hidden_state[:, :-1]
         targets = labels[:, 1:]
         trained = targets != -100
-        head = self.get_output_embeddings()
-        parts = [
-            _score(head, states, tokens) if len(hidden[trained]) <= HEAD_CHUNK else _score_again(head, states, tokens)
-            for states, tokens in zip(
-                hidden[trained].split(HEAD_CHUNK), targets[trained].split(HEAD_CHUNK), strict=True
-            )
-        ]
-        log_probs, entropy, is_top1 = (
-            _scatter(torch.cat(part) if part else hidden.new_zeros(0), trained)
-            for part in (zip(*parts, strict=True) if parts else ((), (), ()))
-        )
+        scores = score_tokens(self.get_output_embeddings(), hidden[trained], targets[trained])
+        log_probs, entropy, is_top1 = (_scatter(values, trained) for values in scores)
         count = trained.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
         return FusedCausalLMOutput(
             loss=-log_probs.sum() / count,
@@ -193,22 +183,36 @@ def _score_answers_only(model: PreTrainedModel) -> None:
     model.forward = types.MethodType(forward, model)
 
 
-def _score(
-    head: torch.nn.Module, hidden: torch.Tensor, targets: torch.Tensor
+def rescales_logits(config: PretrainedConfig) -> bool:
+    """Whether a model with this text config changes its logits after the LM head, or adds a loss of its routers."""
+    scaled = any(getattr(config, name, None) not in (None, 1, 1.0) for name in _SCALED_LOGITS)
+    return scaled or bool(getattr(config, "output_router_logits", False))
+
+
+def score_tokens(
+    head: torch.nn.Module, hidden: torch.Tensor, targets: torch.Tensor, temperature: float = 1.0
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Log-probability, entropy (nats) and top-1 hit of ``targets`` [tokens] given ``hidden`` [tokens, width]."""
-    log_probs = functional.log_softmax(head(hidden).float(), dim=-1)
+    """Log-probability, entropy (nats) and top-1 hit of ``targets`` [tokens] given ``hidden`` [tokens, width].
+
+    The logits are divided by ``temperature``. More than ``HEAD_CHUNK`` tokens are projected chunk by chunk, and again in
+    the backward pass: large batches stay within one chunk's memory.
+    """
+    score = functools.partial(_score, temperature=temperature)
+    if len(hidden) > HEAD_CHUNK:
+        score = functools.partial(checkpoint, score, use_reentrant=False)
+    chunks = zip(hidden.split(HEAD_CHUNK), targets.split(HEAD_CHUNK), strict=True)
+    parts = [score(head, states, tokens) for states, tokens in chunks]
+    return tuple(torch.cat(part) for part in zip(*parts, strict=True))
+
+
+def _score(
+    head: torch.nn.Module, hidden: torch.Tensor, targets: torch.Tensor, *, temperature: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    log_probs = functional.log_softmax(head(hidden).float() / temperature, dim=-1)
     with torch.no_grad():
         entropy = -(log_probs.exp() * log_probs).sum(-1)
         is_top1 = log_probs.argmax(-1) == targets
     return log_probs.gather(-1, targets[:, None]).squeeze(-1), entropy, is_top1
-
-
-def _score_again(
-    head: torch.nn.Module, hidden: torch.Tensor, targets: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """``_score``, recomputed in the backward pass instead of kept: large batches stay within one chunk's memory."""
-    return checkpoint(_score, head, hidden, targets, use_reentrant=False)
 
 
 def _scatter(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -264,8 +268,45 @@ def check_saved_adapter(model: PeftModel, directory: Path) -> None:
         )
 
 
-def save_merged(adapter: Path, merged: Path, stage: dict, *, dtype: torch.dtype) -> float:
+def merged(source: models.ModelSource, directory: Path) -> models.ModelSource:
+    """``source`` as a model without an adapter: itself, or the merged model that was saved with the adapter.
+
+    An adapter that comes alone is merged in fp32 into ``directory``.
+    """
+    if source.kind != "adapter":
+        return source
+    stage = checkpoints.read_stage(Path(source.name)) or {}
+    beside = checkpoints.locate(stage.get("arguments", {}).get("merged_dir") or str(directory), Path(source.name))
+    for path in (Path(beside), directory):
+        found = (checkpoints.read_stage(path) or {}) if path.is_dir() else {}
+        if (
+            found.get("adapter")
+            and Path(checkpoints.locate(found["adapter"], path)).resolve() == Path(source.name).resolve()
+        ):
+            print(f"{source.name}: an adapter; starting from its merged model, {path}")
+            return models.find_model(str(path))
+    with PartialState().main_process_first():
+        if not PartialState().is_main_process:
+            return models.find_model(str(directory))
+        model = models.load_model(source, torch.float32)
+        checkpoints.check_fingerprint(Path(source.name), model)
+        model = model.merge_and_unload()
+        with checkpoints.staged(directory, overwrite=True) as work:
+            model.save_pretrained(work)
+            models.load_tokenizer(source).save_pretrained(work)
+            if (Path(source.name) / SPLIT_FILE).exists():
+                shutil.copy(Path(source.name) / SPLIT_FILE, work / SPLIT_FILE)
+            written = {"kind": "merged", "adapter": source.name, "fingerprint": checkpoints.fingerprint(model)}
+            inherited = {"stage": "merge", "parent": {"path": source.name, "fingerprint": stage.get("fingerprint")}}
+            checkpoints.write_json(work / checkpoints.STAGE_FILE, stage | inherited | written)
+    print(f"{source.name}: an adapter alone; merged in fp32 into {directory}")
+    return models.find_model(str(directory))
+
+
+def save_merged(adapter: Path, merged: Path, stage: dict, *, dtype: torch.dtype, also: Iterable[Path] = ()) -> float:
     """Merge ``adapter`` into its base in fp32 and write both directories' ``stage.json``; publish ``merged``.
+
+    The files ``also`` are copied into ``merged``.
 
     Returns the largest absolute difference between the logits of the adapter on its base and of the merged model, both
     in fp32, relative to the largest logit if that is above 1. Raises ``StoneyError`` above
@@ -291,7 +332,8 @@ def save_merged(adapter: Path, merged: Path, stage: dict, *, dtype: torch.dtype)
     with checkpoints.staged(merged, overwrite=True) as work:
         model.save_pretrained(work)
         tokenizer.save_pretrained(work)
-        shutil.copy(adapter / SPLIT_FILE, work / SPLIT_FILE)
+        for file in (adapter / SPLIT_FILE, *also):
+            shutil.copy(file, work / file.name)
         fingerprint = checkpoints.fingerprint(model)
         del model  # one copy of the weights at a time
         reloaded = models.load_model(models.find_model(str(work)), dtype)

@@ -141,6 +141,23 @@ def test_help_keeps_the_docstring_and_shows_defaults(parser):
     assert "the rate (default: 0.5)" in text
 
 
+def test_training_flags_have_the_stage_s_defaults():
+    parser = cli.make_parser("Doc.")
+    cli.add_model_flags(parser, "owner/name")
+    cli.add_resume_flags(parser)
+    cli.add_epoch_flags(parser, epochs=2.0, over="the prompts")
+    cli.add_lora_flags(parser, all_linear="them all")
+    cli.add_optimisation_flags(parser, learning_rate=1e-6, lr_scheduler_type="constant", warmup_ratio=0.1)
+    cli.add_hardware_flags(parser)
+    cli.add_saving_flags(parser, held_out="rewards")
+    args = parser.parse_args([])
+    assert (args.model, args.num_train_epochs, args.learning_rate) == ("owner/name", 2.0, 1e-6)
+    assert (args.lr_scheduler_type, args.warmup_ratio) == ("constant", 0.1)
+    text = " ".join(parser.format_help().split())
+    for said in ("passes over the prompts (default: 2.0)", "all-linear finds them all", "between held-out rewards; 0:"):
+        assert said in text
+
+
 def test_problems_are_told_together():
     problems = cli.Problems()
     problems.raise_if_any()

@@ -77,6 +77,15 @@ def test_a_model_and_an_adapter_are_told_apart(base, adapter, no_network):
     assert models.find_model(str(adapter)) == models.ModelSource("adapter", str(adapter), base=str(base))
 
 
+def test_an_adapter_keeps_its_base_s_revision(adapter, tmp_path):
+    import shutil
+
+    copy = shutil.copytree(adapter, tmp_path / "copy")
+    config = json.loads((copy / "adapter_config.json").read_text())
+    (copy / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "o/n", "revision": "v1"}))
+    assert models.find_model(str(copy)) == models.ModelSource("adapter", str(copy), base="o/n", revision="v1")
+
+
 def test_missing_files_are_named(folder):
     said = refusal(folder("stoney_lora_merged", config__json="{}"))
     assert "not a complete checkpoint directory, model.safetensors, tokenizer.json missing" in said
@@ -102,6 +111,10 @@ def test_broken_adapters_are_named(folder):
     assert "names no base model" in refusal(folder("c", adapter_config__json="{", **files))
     empty = json.dumps({"base_model_name_or_path": None})
     assert "base_model_name_or_path is empty" in refusal(folder("d", adapter_config__json=empty, **files))
+
+
+def test_a_folder_has_no_revisions(base):
+    assert refusal(base, revision="v1").endswith(f"'v1' was given, but {base} is local; leave the revision out")
 
 
 def test_files_are_not_checkpoints(folder):

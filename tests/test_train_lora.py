@@ -117,16 +117,16 @@ def read(path):
     return json.loads(Path(path).read_text(encoding="utf-8"))
 
 
-def adapter(directory):
+def weights(directory, file="model.safetensors"):
     from safetensors.torch import load_file
 
-    return load_file(Path(directory) / "adapter_model.safetensors")
+    return load_file(Path(directory) / file)
 
 
 def same_adapter(one, other, atol=0.0):
     import torch
 
-    first, second = adapter(one), adapter(other)
+    first, second = (weights(directory, "adapter_model.safetensors") for directory in (one, other))
     assert first.keys() == second.keys()
     return all(torch.allclose(first[name], second[name], rtol=0, atol=atol) for name in first)
 
@@ -271,6 +271,24 @@ def test_the_next_stage_names_its_parent(trained, inputs, environment, tmp_path,
     ]
 
 
+def test_a_hub_model_at_a_revision_is_merged_at_that_revision(here, environment, monkeypatch):
+    """main is another model than v1: an adapter of v1 that is merged onto main is not what was trained."""
+    from huggingface_hub import constants
+
+    hub = here / "hub" / "models--owner--name"
+    for number, revision in enumerate(("main", "v1")):
+        (hub / "refs").mkdir(parents=True, exist_ok=True)
+        (hub / "refs" / revision).write_text(str(number) * 40)
+        tiny.checkpoint(hub / "snapshots" / (str(number) * 40), layers=1, seed=number)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(here / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    train("--model", "owner/name", "--revision", "v1", "--max_steps", "1", "--dtype", "fp32")
+    assert models.find_model("run_ckpt").revision == "v1"
+    embeddings = [weights(path)["model.embed_tokens.weight"] for path in (hub / "snapshots" / ("1" * 40), "run_merged")]
+    assert (embeddings[0] == embeddings[1]).all()  # no adapter is on them
+    assert read("run_ckpt/adapter_config.json")["base_model_name_or_path"] == "owner/name"
+
+
 def test_the_same_run_again_does_nothing(trained, monkeypatch, capsys):
     monkeypatch.chdir(trained)
     before = snapshot(trained)
@@ -379,7 +397,7 @@ def test_every_problem_is_told_at_once(here):
 @pytest.mark.parametrize(
     ("argv", "said"),
     [
-        (["--merged_dir", "run_ckpt"], "--merged_dir: run_ckpt is the output directory too"),
+        (["--merged_dir", "run_ckpt"], "--merged_dir: run_ckpt is the directory of --output_dir too"),
         (["--merged_dir", "run_ckpt/merged"], "--output_dir: run_ckpt holds --merged_dir, which it would replace"),
         (["--merged_dir", "."], "--merged_dir: . holds --dataset, which it would replace"),
         (["--output_dir", "out", "--merged_dir", "base"], "--merged_dir: base holds --model, which it would replace"),

@@ -480,7 +480,7 @@ def test_a_kill_at_the_end(here, trained, moment, capsys):
     assert Path("reward").exists() == (moment == "after") and Path("reward.partial").exists()
     train("--dtype", "fp32", "--resume")
     said = capsys.readouterr().out
-    assert ("trained with these arguments on these pairs already" in said) == (moment == "after")
+    assert ("trained with these arguments on this data already" in said) == (moment == "after")
     assert names("reward") == FILES and not Path("reward.partial").exists()
     assert same_weights("reward", trained[0]) and curve("reward") == curve(trained[0])
 
@@ -488,7 +488,7 @@ def test_a_kill_at_the_end(here, trained, moment, capsys):
 def test_a_finished_run_is_not_run_again_nor_replaced(trained, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(shutil.copytree(trained[0].parent, tmp_path / "copy"))
     train("--dtype", "fp32", "--save_steps", "9")
-    assert "trained with these arguments on these pairs already" in capsys.readouterr().out
+    assert "trained with these arguments on this data already" in capsys.readouterr().out
     assert "reward: holds another run" in refusal("--dtype", "fp32", "--seed", "1")
     Path("pairs.jsonl").write_text("".join(Path("pairs.jsonl").read_text().splitlines(True)[:-1]))
     assert "reward: holds another run" in refusal("--dtype", "fp32")

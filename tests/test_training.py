@@ -127,6 +127,9 @@ def examples(copies=4):
     ]
 
 
+SAVING = {"save_strategy": "steps", "save_steps": 2, "save_total_limit": 2}
+
+
 @pytest.fixture
 def build(tmp_path, training):
     def build(model=None, **options):
@@ -135,7 +138,7 @@ def build(tmp_path, training):
         from trl import SFTConfig
 
         tokenizer, rows = examples()
-        options = {"save_strategy": "steps", "save_steps": 2, "max_steps": 7, "save_total_limit": 2} | options
+        options = SAVING | {"max_steps": 7, "logging_steps": 1} | options
         trainer = training.AnswerTrainer(
             model=model or tiny.model(layers=1),
             args=SFTConfig(
@@ -145,7 +148,6 @@ def build(tmp_path, training):
                 report_to="none",
                 use_cpu=True,
                 bf16=False,
-                logging_steps=1,
                 data_seed=0,
                 **options,
             ),
@@ -247,6 +249,55 @@ def test_a_save_that_fails_leaves_no_checkpoint(build, monkeypatch):
     with pytest.raises(OSError, match="No space left"):
         trainer.train()
     assert checkpoint_names(trainer) == [".saving", "checkpoint-2"]
+
+
+def rl_trainer(kind, training, directory, **options):
+    """TRL's trainer of that kind with whole checkpoints, on a tiny model."""
+    import trl
+    from datasets import Dataset
+    from transformers import AutoModelForSequenceClassification
+
+    common = {"output_dir": str(directory), "report_to": "none", "use_cpu": True, "bf16": False} | SAVING | options
+    tokenizer, rows = examples()
+    trainer = type("Whole", (training.WholeCheckpoints, getattr(trl, f"{kind}Trainer")), {})
+    if kind == "GRPO":
+        return trainer(
+            model=tiny.model(layers=1),
+            args=trl.GRPOConfig(
+                per_device_train_batch_size=4,
+                num_generations=2,
+                max_completion_length=4,
+                generation_kwargs={"min_new_tokens": 4},  # the count is the same whatever is drawn
+                **common,
+            ),
+            reward_funcs=lambda completions, **_: [float(len(text)) for text in completions],
+            train_dataset=Dataset.from_list([{"prompt": ASKED[0]}] * 4),
+            processing_class=tokenizer,
+        )
+    pairs = [{"chosen_ids": row["input_ids"], "rejected_ids": row["input_ids"][:-2]} for row in rows]
+    config = tiny.model(layers=1).config
+    config.num_labels = 1
+    return trainer(
+        model=AutoModelForSequenceClassification.from_config(config),
+        args=trl.RewardConfig(per_device_train_batch_size=3, max_length=None, **common),
+        train_dataset=Dataset.from_list(pairs),
+        processing_class=tokenizer,
+    )
+
+
+@pytest.mark.parametrize("kind", ["SFT", "Reward", "GRPO"])
+def test_tokens_are_counted_and_the_count_goes_on_after_a_resume(build, training, tmp_path, kind):
+    """From a checkpoint at step 4, between the records of steps 3 and 6. Each batch has the same tokens."""
+    options = {"logging_steps": 3, "max_steps": 6, "train_sampling_strategy": "sequential"}
+    make = build if kind == "SFT" else lambda **options: rl_trainer(kind, training, tmp_path / "out", **options)
+    counts = []
+    for checkpoint in (None, str(tmp_path / "out" / "checkpoint-4")):
+        trainer = make(**options)
+        trainer.train(resume_from_checkpoint=checkpoint)
+        counts.append([log["num_tokens"] for log in trainer.state.log_history if "num_tokens" in log])
+    answers = sum(len(row["input_ids"]) for row in examples(copies=1)[1])
+    a_step = {"SFT": answers, "Reward": 2 * answers - 3 * 2, "GRPO": 4 * (len(ASKED[0].encode()) + 4)}[kind]
+    assert counts == [[3 * a_step, 6 * a_step]] * 2
 
 
 def test_rows_of_like_length_share_a_batch_in_an_order_of_seed_and_epoch(training):

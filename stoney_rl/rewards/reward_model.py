@@ -216,14 +216,7 @@ def pair_trainer() -> type:
 
     from stoney_rl import training
 
-    class PairTrainer(training.WholeCheckpoints, RewardTrainer):
-        def _init_training_state(self, *args: object, **kwargs: object) -> tuple[int, int]:
-            position = super()._init_training_state(*args, **kwargs)
-            counts = [log["num_tokens"] for log in self.state.log_history if "num_tokens" in log]
-            self._total_train_tokens = counts[-1] if counts else 0  # TRL 1.16 counts from 0 again after a resume
-            return position
-
-    return PairTrainer
+    return type("PairTrainer", (training.WholeCheckpoints, RewardTrainer), {})
 
 
 def save_merged(

@@ -1,0 +1,110 @@
+"""What begins, what continues, what is done already, and the W&B run that a resumed run goes on in."""
+
+import types
+from pathlib import Path
+
+import pytest
+
+from stoney_rl import checkpoints, runs, tracking
+from stoney_rl.errors import StoneyError
+
+IDENTITY = {"arguments": {"seed": 0, "rank": 4}, "data_sha256": "a"}
+
+
+@pytest.fixture
+def outputs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return [Path("adapter"), Path("merged")]
+
+
+def begin(outputs, identity=IDENTITY, *, resume=False, overwrite=False):
+    return runs.begin(outputs, identity, resume=resume, overwrite=overwrite)
+
+
+def finish(outputs, identity=IDENTITY):
+    for path in outputs:
+        path.mkdir()
+    checkpoints.write_json(outputs[0] / checkpoints.STAGE_FILE, {"identity": identity})
+
+
+def test_a_run_begins_continues_and_is_done(outputs, capsys):
+    partial = begin(outputs, resume=True)
+    assert partial == Path("adapter.partial") and partial.is_dir()
+    (partial / "checkpoint-9").mkdir()
+    (partial / "checkpoint-10").mkdir()
+    with pytest.raises(StoneyError, match="an unfinished run; --resume continues it"):
+        begin(outputs)
+    with pytest.raises(StoneyError, match="started with other values of --rank, data_sha256;"):
+        begin(outputs, {"arguments": {"seed": 0, "rank": 8}, "data_sha256": "b"}, resume=True)
+    assert begin(outputs, resume=True) == partial and runs.last_checkpoint(partial).name == "checkpoint-10"
+    finish(outputs)
+    assert begin(outputs) is None
+    assert capsys.readouterr().out.splitlines() == [
+        "--resume: nothing yet; starting",
+        "--resume: continuing after adapter.partial/checkpoint-10",
+        "adapter and merged: trained with these arguments on this data already (--overwrite trains again)",
+    ]
+    assert not partial.exists()  # a kill between the last rename and the tidying left it
+
+
+def test_a_finished_run_clears_away_its_own_leftovers_only(outputs):
+    """--overwrite with other arguments that was interrupted leaves the old output beside the new run's checkpoints."""
+    finish(outputs)
+    other = IDENTITY | {"data_sha256": "b"}
+    checkpoint = begin(outputs, other, overwrite=True) / "checkpoint-1"
+    checkpoint.mkdir()
+    assert begin(outputs) is None and checkpoint.is_dir()
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_only_the_first_process_speaks_and_writes(outputs, rank, monkeypatch, capsys):
+    monkeypatch.setenv("RANK", rank)
+    assert begin(outputs, resume=True).exists() == (rank == "0")
+    assert bool(capsys.readouterr().out) == (rank == "0")
+
+
+@pytest.fixture
+def started(monkeypatch):
+    """Keywords that ``tracking.start_stage`` was called with; the runs are r0, r1, ... without W&B."""
+    calls = []
+
+    def start_stage(stage, told, *, group=None, **options):
+        calls.append({"stage": stage, "group": told or group, **options, "used": []})
+        run = types.SimpleNamespace(run_id=f"r{len(calls) - 1}", group=told or group)
+        run.use_artifact = lambda name: calls[-1]["used"].append(name)
+        return run
+
+    monkeypatch.setattr(tracking, "start_stage", start_stage)
+    return calls
+
+
+def made(directory, **run):
+    Path(directory).mkdir()
+    checkpoints.write_json(Path(directory) / checkpoints.STAGE_FILE, {"wandb": run} if run else {})
+
+
+def test_a_resumed_run_goes_on_in_its_wandb_run(outputs, started):
+    made("model", run_id="m", group="pipeline")
+    partial = begin(outputs)
+    for group in ("told", None):  # --wandb_group at the start, and left out at --resume
+        runs.start_tracking("train", group, partial, inputs=["model"])
+    assert [(call["name"], call["group"], call["resume_id"]) for call in started] == [
+        ("adapter", "told", None),
+        ("adapter", "told", "r0"),
+    ]
+
+
+def test_a_run_joins_its_inputs_group_and_notes_them_as_used(outputs, started):
+    made("base")
+    made("model", run_id="m", group="pipeline")
+    made("prepared", run_id="d", group="other")
+    partial = begin(outputs)
+    runs.start_tracking("train", None, partial, inputs=["model", "prepared"])
+    runs.start_tracking("train", None, begin([Path("second")]), inputs=["base", "prepared"])
+    runs.start_tracking("train", None, begin([Path("third")]), inputs=["base", "owner/name"])
+    assert [call["group"] for call in started] == ["pipeline", "other", None]
+    assert [[name for name in call["used"] if name] for call in started] == [
+        ["model:m", "prepared:d"],
+        ["prepared:d"],
+        [],
+    ]
