@@ -4,7 +4,7 @@
     python probe_rewards.py --dataset prepared
     python probe_rewards.py --dataset prepared --reward composite=0.8 --reward my_rewards:politeness=0.2
     python probe_rewards.py --dataset prepared --reward_model stoney_reward_model
-    python probe_rewards.py --weights R_dict=0.5 R_lex=0.2 --null_model checkpoints/smollm2-135m
+    python probe_rewards.py --reward_weights R_dict=0.5 R_lex=0.2 --null_model checkpoints/smollm2-135m
 
 Reads: a prepared directory (its rows and its lexicon), or rows and --lexicon; without arguments the planted sample.
 Runs every attack of stoney_rl/rewards/attacks.py on the reward, beside the gold answer, a right answer in other words and
@@ -18,6 +18,7 @@ from pathlib import Path
 
 from stoney_rl import checkpoints, cli, prepared, tracking
 from stoney_rl.errors import StoneyError
+from stoney_rl.rewards.flags import add_reward_flags, attempt, check_reward_flags
 
 PLANTED_ROWS, PLANTED_LEXICON = "data/planted/rows.jsonl", "data/planted/lexicon.jsonl"
 EXIT_GAMED = 1
@@ -27,19 +28,10 @@ def build_parser() -> argparse.ArgumentParser:
     parser = cli.make_parser(__doc__)
     data = parser.add_argument_group("rows")
     data.add_argument("--dataset", help="prepared directory, file or folder of rows; default: the planted sample")
-    data.add_argument("--lexicon", help="lexicon file; default: the prepared directory's own")
     data.add_argument("--num_samples", type=cli.positive_int, default=100, help="rows to attack, drawn by --seed")
     data.add_argument("--seed", type=cli.non_negative_int, default=0, help="of the rows and the attacks")
 
-    reward = parser.add_argument_group("the reward")
-    reward.add_argument("--reward", action="append", default=[], metavar="NAME[=WEIGHT]",
-                        help="repeatable: composite, or package.module:function with TRL's signature; default: composite")  # fmt: skip
-    reward.add_argument(
-        "--reward_model", metavar="DIR", help="directory of train_reward_model.py, as a reward of its own"
-    )
-    reward.add_argument("--reward_model_weight", type=cli.positive_float, default=1.0, help="its weight")
-    reward.add_argument("--weights", nargs="+", default=[], metavar="TERM=WEIGHT", help="of the composite's terms")
-    reward.add_argument("--encoder", help="sentence encoder for R_sem: folder or hub id; without one it is off")
+    add_reward_flags(parser.add_argument_group("the reward"))
 
     policy = parser.add_argument_group("null policy")
     policy.add_argument("--null_model", help="a checkpoint whose answers must earn less than an honest answer")
@@ -117,38 +109,12 @@ def check_args(args: argparse.Namespace) -> tuple[str, str, list, dict[str, floa
     """Rows, lexicon, rewards and weights to use. Raises ``StoneyError`` with every problem that can be seen before
     anything is read."""
     from stoney_rl.models import find_model, resolve_unpublished
-    from stoney_rl.rewards.composite import DEFAULT_WEIGHTS, Composite
-    from stoney_rl.rewards.knowledge import Knowledge
-    from stoney_rl.rewards.plugins import COMPOSITE, load_plugins
 
     problems = cli.Problems()
-
-    def tried(call, *given, flag=""):
-        try:
-            return call(*given)
-        except StoneyError as error:
-            problems.add(flag + str(error))
-
-    data = tried(find_data, args)
-    weights = read_weights(args.weights, problems)
-    tried(Composite, Knowledge(frozenset()), DEFAULT_WEIGHTS | weights)
-    specs = args.reward or ([] if args.reward_model else [COMPOSITE])
-    loaded = [tried(load_plugins, [spec]) for spec in specs]
-    plugins = tried(load_plugins, specs) if all(loaded) else []
-    if all(loaded) and not any(plugin.name == COMPOSITE for one in loaded for plugin in one):
-        for flag in ("weights", "encoder"):
-            if getattr(args, flag):
-                problems.add(
-                    f"--{flag}: belongs to the composite, which is not among the rewards; add --reward {COMPOSITE}"
-                )
+    data = attempt(problems, find_data, args)
+    plugins, weights = check_reward_flags(args, problems)
     if args.null_model:
-        tried(find_model, resolve_unpublished(args.null_model)[0], flag="--null_model ")
-    if args.reward_model:
-        from stoney_rl.rewards.reward_model import find_reward_model
-
-        tried(find_reward_model, args.reward_model, flag="--reward_model ")
-    if args.encoder:
-        tried(find_model, args.encoder, flag="--encoder ")
+        attempt(problems, find_model, resolve_unpublished(args.null_model)[0], flag="--null_model ")
     if args.results_file is not None and (not args.results_file.strip() or Path(args.results_file).is_dir()):
         problems.add(f"--results_file {args.results_file!r}: no file; name one, such as probe.json")
     elif args.results_file and any(
@@ -156,21 +122,7 @@ def check_args(args: argparse.Namespace) -> tuple[str, str, list, dict[str, floa
     ):
         problems.add(f"--results_file {args.results_file}: lies below a file; name one in a folder")
     problems.raise_if_any()
-    return *data, plugins, DEFAULT_WEIGHTS | weights
-
-
-def read_weights(pairs: list[str], problems: cli.Problems) -> dict[str, float]:
-    """``TERM=WEIGHT`` pairs as a dictionary; what is none goes to ``problems``. Names are checked later."""
-    weights: dict[str, float] = {}
-    for pair in pairs:
-        name, _, number = pair.partition("=")
-        try:
-            if name in weights:
-                problems.add(f"--weights {name}: given twice; give it once")
-            weights[name] = float(number)
-        except ValueError:
-            problems.add(f"--weights {pair}: expected TERM=WEIGHT, such as R_dict=0.3")
-    return weights
+    return *data, plugins, weights
 
 
 def find_data(args: argparse.Namespace) -> tuple[str, str]:

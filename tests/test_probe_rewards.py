@@ -292,8 +292,14 @@ SABOTAGE = {
     "no gate on the wanted forms": (
         Composite,
         "_total",
-        lambda self, v: TOTAL(self, v | {"hit": v["hit"] and 1.0 if v["hit"] is None or v["hit"] else 1.0}),
+        lambda self, v: TOTAL(self, v | ({} if v["hit"] is None else {"hit": 1.0, "precision": 1.0})),
         "attack 'diacritics sprinkled' earns more than an honest miss",
+    ),
+    "a precision that sees no alternatives": (
+        terms,
+        "precision",
+        lambda answers, references, wanted, allowed, knowledge: terms.hit(answers, wanted),
+        "naming several forms, the right one among them, earns more than guessing one of them",
     ),
     "no penalty for invented forms": (
         Composite,
@@ -450,7 +456,7 @@ def test_weights_of_rewards(tmp_path, capsys):
 
 def test_weights_of_terms(tmp_path, capsys):
     output = tmp_path / "new" / "probe.json"
-    argv = ["--weights", "P_hall=0.8", "R_lex=0", "--num_samples", "20", "--results_file", str(output)]
+    argv = ["--reward_weights", "P_hall=0.8", "R_lex=0", "--num_samples", "20", "--results_file", str(output)]
     code, _, _ = run(*argv, capsys=capsys)
     result = json.loads(output.read_text(encoding="utf-8"))
     lines = {line["name"]: line["mean"] for line in result["lines"]}
@@ -459,7 +465,7 @@ def test_weights_of_terms(tmp_path, capsys):
     assert lines["honest answer"] == pytest.approx(1)  # likeness no longer counts
     assert lines["honest miss"] == pytest.approx(0.3 * 0.1 / 0.4)
     assert (result["stage"], result["seed"], result["problems"], result["tasks"]) == ("probe", 0, [], 20)
-    assert result["arguments"]["weights"] == ["P_hall=0.8", "R_lex=0"]
+    assert result["arguments"]["reward_weights"] == ["P_hall=0.8", "R_lex=0"]
     assert {term["term"]: term["state"] for term in result["terms"]}["R_sem"] == "off"
 
 
@@ -474,7 +480,7 @@ def script(*argv, **env):
 def test_every_problem_of_the_flags_at_once(folder):
     (folder / "rows.jsonl").write_text("", encoding="utf-8")
     done = script(
-        *("--weights", "R_dict", "R_lex=x", "R_morph=-1", "R_cot=1", "R_cot=2", "R_lexx=1"),
+        *("--reward_weights", "R_dict", "R_lex=x", "R_morph=-1", "R_cot=1", "R_cot=2", "R_lexx=1"),
         *("--reward", "nowhere:f", "--reward", "published:absent", "--reward", "composite=0"),
         *("--dataset", "rows.jsonl", "--null_model", "checkpoints/none", "--encoder", "./none", "--results_file", "."),
     )
@@ -482,7 +488,12 @@ def test_every_problem_of_the_flags_at_once(folder):
     lines = done.stderr.splitlines()
     assert all(line.startswith("probe_rewards.py: error: ") for line in lines)
     for part in (
-        *("--weights R_dict:", "--weights R_lex=x:", "--weights R_cot: given twice", "no term R_lexx"),
+        *(
+            "--reward_weights R_dict:",
+            "--reward_weights R_lex=x:",
+            "--reward_weights R_cot: given twice",
+            "no term R_lexx",
+        ),
         *("nowhere can't be imported", "has no function absent", "expected a number above 0"),
         *("--dataset rows.jsonl: no prepared directory", "--null_model", "--encoder", "--results_file '.'"),
     ):
@@ -493,10 +504,16 @@ def test_every_problem_of_the_flags_at_once(folder):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--weights", "R_morph=-1"], "at least 0"),
-        (["--weights", "R_lex=0", "R_sem=0", "R_dict=0", "R_morph=0"], "one of R_lex, R_sem, R_dict, R_morph above 0"),
+        (["--reward_weights", "R_morph=-1"], "at least 0"),
+        (
+            ["--reward_weights", "R_lex=0", "R_sem=0", "R_dict=0", "R_morph=0"],
+            "one of R_lex, R_sem, R_dict, R_morph above 0",
+        ),
         (["--reward", "composite", "--reward", "composite=2"], "given twice"),
-        (["--reward", "published:letters", "--weights", "R_lex=1"], "--weights: belongs to the composite"),
+        (
+            ["--reward", "published:letters", "--reward_weights", "R_lex=1"],
+            "--reward_weights: belongs to the composite",
+        ),
         (["--dataset", "absent.jsonl", *PLANTED[2:]], "absent.jsonl"),
         ([*PLANTED[:2], "--lexicon", "absent.jsonl"], "absent.jsonl can't be read"),
         (["--results_file", "published.py/probe.json"], "lies below a file"),
@@ -558,6 +575,20 @@ def test_help_is_quick():
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.stdout == "[]\n"
+
+
+def test_the_flags_of_the_reward_are_checked_without_torch():
+    code = (
+        "import argparse, sys; from stoney_rl import cli; from stoney_rl.rewards import flags\n"
+        "parser = argparse.ArgumentParser(); flags.add_reward_flags(parser); problems = cli.Problems()\n"
+        "args = parser.parse_args(['--reward', 'composite=0.5', '--reward_weights', 'R_dict=0.5', '--encoder', 'nowhere/none',\n"
+        "                          '--reward_model', 'nowhere'])\n"
+        "plugins, weights = flags.check_reward_flags(args, problems)\n"
+        "print(plugins[0].weight, weights['R_dict'], weights['R_lex'], len(problems.messages), 'torch' in sys.modules)"
+    )
+    env = os.environ | {"HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60, env=env)
+    assert done.stdout == "0.5 0.5 0.3 2 False\n", done.stderr
 
 
 # -- models

@@ -23,17 +23,19 @@ from stoney_rl.metrics import chrf
 from stoney_rl.planted import RULES, PlantedLanguage, segments
 from stoney_rl.planted_prose import prose_rows
 from stoney_rl.rewards import terms
-from stoney_rl.rewards.attacks import ATTACKS, NULL_POLICIES, REFERENCES, Ground
+from stoney_rl.rewards.attacks import ATTACKS, NULL_POLICIES, REFERENCES, Ground, alternatives, said
 from stoney_rl.rewards.completions import Completion, parse
 from stoney_rl.rewards.composite import DEFAULT_WEIGHTS, JUDGES, TERMS, Composite, Task
 from stoney_rl.rewards.knowledge import Knowledge, language_words, load_knowledge
-from stoney_rl.rewards.probe import sample
+from stoney_rl.rewards.probe import TOLERANCE, sample
 from stoney_rl.text import normalize, words
 
 ROOT = Path(__file__).resolve().parents[1]
 REAL_DATA = Path(os.environ.get("STONEY_REAL_DATA") or ROOT.parent / "shared" / "data")
 README = ROOT / "stoney_rl" / "rewards" / "README.md"
 CLOSE = 1e-9
+# Below this weight of R_dict a list with the right form in it can be more like the reference than an honest answer is.
+LEAST_ANCHOR = 0.05
 # Above this weight of P_hall the penalty is worth more than what stripped diacritics save (README, "weights").
 LEAST_PENALTY = 0.1
 
@@ -210,17 +212,22 @@ def test_semantic_is_off_without_an_encoder():
         ("liẖtâlo", ["liẖtâlo"], 1.0),
         ('One says "LIẖTÂLO".', ["liẖtâlo"], 1.0),
         ("lihtalo", ["liẖtâlo"], 0.0),  # diacritics are exact, and nothing attests this
-        # one other word of the language: precision 1/2, recall 1, F1 2/3
-        ("liẖtâlo or mîva", ["liẖtâlo"], 0.1 + 0.9 * 2 / 3),
-        ("liẖtâlo or mîva or mîva", ["liẖtâlo"], 0.1 + 0.9 * 2 / 3),  # different words count
-        ("liẖtâlo or mîva or tâtâlo", ["liẖtâlo"], 0.1 + 0.9 * 1 / 2),  # precision 1/3
-        # one of two: precision 1, recall 1/2; with a wrong one beside it 1/2 and 1/2
-        ("liẖtâlo", ["liẖtâlo", "tâloṯel"], 0.1 + 0.9 * 2 / 3),
+        # one of two words named is right, and the other one tries: 1/2 + 1/2 of 0.1
+        ("liẖtâlo or mîva", ["liẖtâlo"], 0.55),
+        ("liẖtâlo or mîva or mîva", ["liẖtâlo"], 0.55),  # different words count
+        ("liẖtâlo or mîva or tâtâlo", ["liẖtâlo"], 1 / 3 + 2 / 3 * 0.1),
+        ("liẖtâlo or mîvalo", ["liẖtâlo"], 0.5),  # an invented word does not try
+        # five others: 1/6, and the attempt of five words is worth 3/5
+        ("liẖtâlo mîva tâtâlo tâloṯel liẖtâloṯel tâlo", ["liẖtâlo"], 1 / 6 + 5 / 6 * 0.06),
+        ("liẖtâlo has the prefix liẖ-, not the suffix -ṯel", ["liẖtâlo"], 1.0),  # affixes explain it
+        # one of two asked for; with a wrong one beside it; with two, one of three named
+        ("liẖtâlo", ["liẖtâlo", "tâloṯel"], 0.5),
         ("tâloṯel, liẖtâlo", ["liẖtâlo", "tâloṯel"], 1.0),
-        ("liẖtâlo, mîva", ["liẖtâlo", "tâloṯel"], 0.1 + 0.9 * 1 / 2),
+        ("liẖtâlo, mîva", ["liẖtâlo", "tâloṯel"], 0.55),
+        ("liẖtâlo, mîva, tâtâlo", ["liẖtâlo", "tâloṯel"], 1 / 3 + 2 / 3 * 0.1),
         # three times is a sentence that explains; a fourth is one word too many
         ("liẖtâlo " * 3, ["liẖtâlo"], 1.0),
-        ("liẖtâlo " * 4, ["liẖtâlo"], 0.1 + 0.9 * 2 / 3),
+        ("liẖtâlo " * 4, ["liẖtâlo"], 0.5),
         # a phrase: its words in their order, whatever stands between; its words alone are neither right nor others
         ("tâlo, mîva", ["tâlo mîva"], 1.0),
         ("mîva tâlo", ["tâlo mîva"], 0.0),
@@ -249,6 +256,15 @@ def test_a_reference_that_repeats_its_form_is_a_right_answer():
     often = "liẖtâlo " * 5
     assert terms.dictionary([often], [often], [["liẖtâlo"]], [[]], KNOWLEDGE) == [1.0]
     assert score(often.strip(), make_task(reference=often.strip())).total == pytest.approx(1)
+
+
+def test_precision():
+    answers = ["liẖtâlo", "tâlo", "liẖtâlo mîva", "liẖtâlo mîva", "liẖtâlo " * 5, "", "liẖ- liẖtâlo", "anything"]
+    wanted = [["liẖtâlo"]] * 3 + [["liẖtâlo", "mîva"], *[["liẖtâlo"]] * 3, []]
+    expected = [1.0, 0.0, 1 / 2, 1.0, 1 / 3, 0.0, 1.0, None]
+    nothing = [[]] * len(answers)
+    assert terms.precision(answers, ["?"] * len(answers), wanted, nothing, KNOWLEDGE) == expected
+    assert terms.precision(["liẖtâlo mîva"], ["?"], [["liẖtâlo"]], [["mîva"]], KNOWLEDGE) == [1.0]  # allowed
 
 
 def test_hit():
@@ -391,7 +407,7 @@ def test_brevity(length, reference, expected):
 
 
 def values(**given):
-    return dict.fromkeys([*TERMS, "hit"]) | {"R_brev": 1.0} | given
+    return dict.fromkeys([*TERMS, "hit"]) | {"R_brev": 1.0, "precision": given.get("hit")} | given
 
 
 @pytest.mark.parametrize(
@@ -400,7 +416,9 @@ def values(**given):
         # W = 0.3 + 0.3 + 0.1: R_sem and R_cot are None
         (values(R_lex=1.0, R_dict=1.0, R_morph=1.0, hit=1.0), 1.0),
         (values(R_lex=0.5, R_dict=0.7, R_morph=1.0, P_hall=0.5, hit=1.0), (0.15 + 0.1 + 0.21) / 0.7 - 0.15),
-        # half of the forms: a quarter of the likeness; half of the length term on both
+        # half of the words named, or of the forms asked for: a quarter of the likeness; half of the length term on both
+        (values(R_lex=0.5, R_dict=0.5, R_morph=1.0, hit=1.0, precision=0.5), (0.25 * 0.25 + 0.15) / 0.7),
+        (values(R_lex=0.5, R_dict=0.5, R_morph=1.0, hit=0.25, precision=0.5), (0.25 / 16 + 0.15) / 0.7),
         (values(R_lex=0.5, R_dict=0.7, R_morph=1.0, R_brev=0.5, hit=0.5), (0.25 * 0.25 + 0.21) * 0.5 / 0.7),
         # no wanted form: likeness earns nothing, and an attempt is an attempt at any length
         (values(R_lex=0.9, R_dict=0.1, R_morph=0.5, R_brev=0.5, hit=0.0), 0.03 / 0.7),
@@ -603,6 +621,15 @@ def prose():
 
 
 @pytest.fixture(scope="module")
+def large():
+    """45,000 forms with their segmentations."""
+    built = [(segments(stem, rule), stem) for stem in PlantedLanguage(0, 6500).stems for rule in ("citation", *RULES)]
+    return Knowledge.of(
+        LexiconEntry("".join(parts), stem=stem, segmentation="-".join(parts)) for parts, stem in built[:45_000]
+    )
+
+
+@pytest.fixture(scope="module")
 def real():
     if not REAL_DATA.is_dir():
         pytest.skip("no real rows here")
@@ -666,7 +693,8 @@ weight_sets = st.fixed_dictionaries(
 def test_no_attack_wins_whatever_the_weights(where, request, weights):
     field = request.getfixturevalue(where)
     for name in ATTACKS:
-        field.check(name, Composite(field.knowledge, weights))
+        anchored = {"R_dict": max(weights["R_dict"], LEAST_ANCHOR)} if name == "alternatives listed" else {}
+        field.check(name, Composite(field.knowledge, weights | anchored))
 
 
 @given(penalty=st.sampled_from([0.0, 1.0]) | st.floats(0, 1), weights=weight_sets)
@@ -676,6 +704,94 @@ def test_on_rows_that_want_a_form_the_penalty_does_not_matter(prose, penalty, we
     assert len(rows) > 50
     for name in ATTACKS:
         prose.check(name, Composite(prose.knowledge, weights | {"P_hall": penalty, "R_lex": 0.0, "R_dict": 0.1}), rows)
+
+
+def said_by_hedger(task, ground):
+    """(all alternatives with the wanted forms, each alternative by itself): None where there is no other form."""
+    others = alternatives(task, ground)
+    return others and (
+        said([*task.wanted, *others]),
+        [said([form, *task.wanted[1:]]) for form in (task.wanted[0], *others)],
+    )
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("where", ["planted", "prose", pytest.param("real", marks=pytest.mark.real_data)])
+def test_naming_every_alternative_earns_no_more_than_guessing_one(where, seed, request):
+    field = request.getfixturevalue(where)
+    ground = Ground(field.tasks, field.knowledge, random.Random(seed))
+    composite, gains = Composite(field.knowledge), []
+    for task in field.tasks:
+        if said_by := said_by_hedger(task, ground):
+            hedged, guesses = said_by
+            total, *guessed = (one.total for one in composite.score([task] * (1 + len(guesses)), [hedged, *guesses]))
+            gains.append(total - np.mean(guessed))
+    assert len(gains) > 60 and np.mean(gains) < 0
+    # Real forms share words with each other and with English, which are not seen as alternatives: one row of 140.
+    assert sum(gain > CLOSE for gain in gains) <= (TOLERANCE * len(gains) if where == "real" else 0)
+
+
+@given(
+    asked=st.integers(1, 4),
+    named=st.integers(2, 9),
+    invented=st.integers(0, 8),
+    given=st.fixed_dictionaries({"R_lex": unit, "R_sem": unit, "R_cot": st.none() | unit}),
+    weights=st.fixed_dictionaries(dict.fromkeys(TERMS, any_weight)).filter(lambda w: any(w[n] for n in JUDGES)),
+)
+@settings(max_examples=100, deadline=None)
+def test_any_weights_make_a_list_worth_no_more_than_a_guess(asked, named, invented, given, weights):
+    """The last of ``asked`` forms is not known; it is one of ``named`` candidates, of which ``invented`` are nobody's.
+
+    Whoever lists all candidates earns at most what naming one of them at random earns on average, if the sentence is as
+    like the reference. R_morph is 1 for the right form and 0 for another.
+    """
+    known = [f"tâ{'ko' * n}" for n in range(1, asked)]
+    candidates = [f"mî{'ko' * n}" for n in range(1, named + 1)]
+    wrong = candidates[1:]
+    attested = frozenset([*known, candidates[0], *wrong[min(invented, len(wrong)) :]])
+    task = make_task("Sue?", " ".join([*known, candidates[0]]), [*known, candidates[0]])
+    composite = Composite(Knowledge(attested), weights)
+
+    def total(forms):
+        (scored,) = composite.score([task], [" ".join([*known, *forms])])
+        right = float(candidates[0] in forms)
+        return composite._total(scored.values | given | {"R_brev": 1.0, "R_morph": (asked - 1 + right) / asked})
+
+    assert total(candidates) <= np.mean([total([form]) for form in candidates]) + 1e-7
+
+
+def test_alternatives():
+    task = make_task()
+    ground = Ground([task], KNOWLEDGE, random.Random(0))
+    assert sorted(alternatives(task, ground)) == ["liẖtâloṯel", "tâlo", "tâloṯel", "tâtâlo"]  # of the stem tâlo
+    asked = make_task("Is tâlo right?")  # a form that the question names is no guess
+    assert sorted(alternatives(asked, ground)) == ["liẖtâloṯel", "tâloṯel", "tâtâlo"]
+    assert ATTACKS["alternatives listed"](task, ground).startswith('For this one says "liẖtâlo", "')
+    assert alternatives(make_task("Sue?", "It is to go.", ()), ground) == []
+    # without stems: forms that begin alike, but none that holds the wanted one
+    bare = Knowledge.of(map(LexiconEntry, ["liẖtâlo", "liẖmîva", "liẖtâlo tâlo", "mîva"]))
+    assert alternatives(task, Ground([task], bare, random.Random(0))) == ["liẖmîva"]
+
+
+def test_a_right_answer_may_explain_itself():
+    """Words of the question and the reference, and affixes, are no alternatives: nothing of the reward is lost."""
+    task = make_task("What is the form of tâlo?", '"liẖtâlo", as in liẖmîva.')
+    plain, explained = 'It is "liẖtâlo".', 'It is "liẖtâlo": the prefix liẖ- before tâlo, as in liẖmîva.'
+    for text in (plain, explained):
+        found = score(text, task)
+        assert (found.values["precision"], found.values["R_dict"], found.values["P_hall"] or 0) == (1, 1, 0)
+    assert score(explained, task).total > 0.6
+
+
+def test_attacks_walk_the_lexicon_once(large):
+    """45,000 forms and 100 tasks: the walks cost a fraction of a second of this process, not one each."""
+    tasks = [make_task(reference=form, wanted=(form,)) for form in large.forms[:140] if form in large.segments]
+    ground = Ground(tasks, large, random.Random(0))
+    walking = ("right affix, wrong stem", "invented form", "alternatives listed")
+    start = time.process_time()
+    made = {name: [text for task in tasks if (text := ATTACKS[name](task, ground))] for name in walking}
+    assert time.process_time() - start < 0.7  # measured: 0.15
+    assert all(len(set(texts)) >= 100 for texts in made.values())
 
 
 def test_a_reference_that_holds_its_form_twice_is_attacked_whole():
@@ -693,18 +809,15 @@ def test_padding_is_longer_than_any_reference():
     assert score(ATTACKS["gold, padded"](task, None), task).total < 0.1
 
 
-def test_a_large_batch_against_a_large_lexicon_is_quick():
+def test_a_large_batch_against_a_large_lexicon_is_quick(large):
     """1,024 completions, 64 groups of 16, against 45,000 forms: seconds of this process, so that neighbours don't matter."""
-    built = [(segments(stem, rule), stem) for stem in PlantedLanguage(0, 6500).stems for rule in ("citation", *RULES)]
-    entries = [LexiconEntry("".join(parts), stem=stem, segmentation="-".join(parts)) for parts, stem in built[:45_000]]
-    knowledge = Knowledge.of(entries)
-    assert len(knowledge.forms) == 45_000
+    assert len(large.forms) == 45_000
     rows = lexemes.annotate(prose_rows(PlantedLanguage(0, 120), 64)[0])
     group = [task for task in map(Task.of, rows) for _ in range(16)]
     rng = random.Random(0)
-    texts = [f"{rng.choice(knowledge.forms)}: {normalize(task.reference)[rng.randrange(20) :]}" for task in group]
+    texts = [f"{rng.choice(large.forms)}: {normalize(task.reference)[rng.randrange(20) :]}" for task in group]
     start = time.process_time()
-    Composite(knowledge).score(group, texts)
+    Composite(large).score(group, texts)
     assert time.process_time() - start < 1.5  # measured: 0.3
 
 

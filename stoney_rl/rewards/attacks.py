@@ -7,8 +7,11 @@ attested form in a normal sentence.
 
 import random
 import unicodedata
+from bisect import bisect_left
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from stoney_rl.lexemes import contains_form
 from stoney_rl.rewards.composite import Task
@@ -17,6 +20,8 @@ from stoney_rl.rewards.terms import ATTEMPT_WORDS
 from stoney_rl.text import fold, normalize, words
 
 LONG = 10_000  # characters
+HEDGED = 5  # alternatives beside the wanted form: those that a verb of the planted language has
+FIRST_LETTERS = 2  # that forms share which look like alternatives, where the lexicon gives no stem
 FLUENT = (
     "That is a very good question. The language has a rich tradition, and its speakers choose their words with great "
     "care, so the best answer depends on the situation and on who is speaking."
@@ -33,6 +38,30 @@ class Ground:
     knowledge: Knowledge
     rng: random.Random
 
+    # Walks through the whole lexicon, once for all tasks.
+    @cached_property
+    def stems(self) -> list[str]:
+        """Every stem once, in order."""
+        return sorted(set(self.knowledge.stems.values()))
+
+    @cached_property
+    def words(self) -> list[str]:
+        """The forms of one word that are not all ASCII."""
+        return [form for form in self.knowledge.forms if " " not in form and not form.isascii()]
+
+    @cached_property
+    def kin(self) -> dict[str, list[str]]:
+        """The forms by ``family``."""
+        groups = defaultdict(list)
+        for form in self.knowledge.forms:
+            groups[self.family(form)].append(form)
+        return dict(groups)
+
+    def family(self, form: str) -> str:
+        """The stem that the lexicon gives the form, else its first letters."""
+        key = fold(form)
+        return self.knowledge.stems.get(key) or key[:FIRST_LETTERS]
+
 
 Attack = Callable[[Task, Ground], str | None]
 
@@ -45,13 +74,17 @@ def gold(task: Task, ground: Ground) -> str:
 def honest(task: Task, ground: Ground) -> str | None:
     """A right answer in other words: the wanted forms in a sentence of its own, or the reference's sentences turned round."""
     if task.wanted:
-        listed = ", ".join(f'"{form}"' for form in task.wanted)
-        return f"For this one says {listed}."
+        return said(task.wanted)
     sentences = [part for part in normalize(task.reference).replace("? ", ". ").split(". ") if part.strip()]
     if len(sentences) > 1:
         return ". ".join([*sentences[1:], sentences[0]]).rstrip(".") + "."
     clauses = normalize(task.reference).rstrip(".").split(", ")
     return "In short: " + ", ".join(clauses) + "."
+
+
+def said(forms: Sequence[str]) -> str:
+    """An answer in the adversary's own words."""
+    return "For this one says " + ", ".join(f'"{form}"' for form in forms) + "."
 
 
 def honest_with_a_trace(task: Task, ground: Ground) -> str:
@@ -63,7 +96,7 @@ def honest_with_a_trace(task: Task, ground: Ground) -> str:
 def miss(task: Task, ground: Ground) -> str | None:
     """An honest miss: another attested form in the sentence of the honest answer."""
     wrong = _other_form(task, ground)
-    return f'For this one says "{wrong}".' if task.wanted and wrong else None
+    return said([wrong]) if task.wanted and wrong else None
 
 
 def _other_form(task: Task, ground: Ground) -> str | None:
@@ -71,18 +104,19 @@ def _other_form(task: Task, ground: Ground) -> str | None:
     forms = ground.knowledge.forms
     for _ in range(50 if forms else 0):
         form = ground.rng.choice(forms)
-        # One without a word of its own that looks like the language's is no attempt that anybody could see.
-        if (
-            len(words(form)) <= ATTEMPT_WORDS
-            and any(map(is_of_the_language, words(fold(form))))
-            and not any(
-                contains_form(text, form) or contains_form(form, want)
-                for text in (task.question, task.reference)
-                for want in task.wanted or ("",)
-            )
-        ):
+        if len(words(form)) <= ATTEMPT_WORDS and _is_another(form, task):
             return form
     return None
+
+
+def _is_another(form: str, task: Task) -> bool:
+    """Whether the form is neither wanted nor in a text of the task. One without a word of its own that looks like the
+    language's is no attempt that anybody could see."""
+    return any(map(is_of_the_language, words(fold(form)))) and not any(
+        contains_form(text, form) or contains_form(form, want)
+        for text in (task.question, task.reference)
+        for want in task.wanted or ("",)
+    )
 
 
 def empty(task: Task, ground: Ground) -> str:
@@ -135,10 +169,11 @@ def affix_on_wrong_stem(task: Task, ground: Ground) -> str | None:
     """The wanted form's affixes on a stem of another form."""
     key = fold(task.wanted[0]) if task.wanted else ""
     segments, stem = ground.knowledge.segments.get(key, ()), ground.knowledge.stems.get(key)
-    others = sorted({other for other in ground.knowledge.stems.values() if other != stem})
-    if len(segments) < 2 or not others:
+    stems = ground.stems
+    if len(segments) < 2 or len(stems) < 2:
         return None
-    wrong = ground.rng.choice(others)
+    at = ground.rng.randrange(len(stems) - 1)  # of the others
+    wrong = stems[at + (at >= bisect_left(stems, stem))]
     return _instead_of_the_first(task, "".join(wrong if morph == stem else morph for morph in segments))
 
 
@@ -160,6 +195,20 @@ def every_word(task: Task, ground: Ground) -> str | None:
     return ", ".join(f'"{form}"' for form in forms) + "." if ground.knowledge.forms else None
 
 
+def alternatives(task: Task, ground: Ground) -> list[str]:
+    """Up to ``HEDGED`` other forms of the first wanted form's family, at random: of its stem, or where the lexicon gives
+    none, forms that begin alike."""
+    kin = ground.kin.get(ground.family(task.wanted[0]), []) if task.wanted else []
+    drawn = ground.rng.sample(kin, min(4 * HEDGED, len(kin)))  # of which some will be wanted or asked about
+    return [form for form in drawn if _is_another(form, task)][:HEDGED]
+
+
+def hedge(task: Task, ground: Ground) -> str | None:
+    """The wanted forms and the alternatives in one answer."""
+    others = alternatives(task, ground)
+    return said([*task.wanted, *others]) if others else None
+
+
 def gold_in_the_reasoning(task: Task, ground: Ground) -> str | None:
     """The gold answer stuffed in the trace, and a wrong final answer."""
     wrong = _other_form(task, ground)
@@ -176,13 +225,11 @@ def fluent_english(task: Task, ground: Ground) -> str:
 
 def invented_form(task: Task, ground: Ground) -> str | None:
     """A plausible form that nothing attests: two lexicon words cut and joined."""
-    forms = [form for form in ground.knowledge.forms if " " not in form and not form.isascii()]
-    for _ in range(50 if len(forms) > 1 else 0):
-        first, second = ground.rng.sample(forms, 2)
+    for _ in range(50 if len(ground.words) > 1 else 0):
+        first, second = ground.rng.sample(ground.words, 2)
         made = first[: (len(first) + 1) // 2] + second[len(second) // 2 :]
         if fold(made) not in ground.knowledge.attested and fold(made) not in task.allowed:
-            text = f'For this one says "{made}".'
-            return text if is_of_the_language(fold(made)) else None
+            return said([made]) if is_of_the_language(fold(made)) else None
     return None
 
 
@@ -237,6 +284,7 @@ ATTACKS: dict[str, Attack] = {
     "right affix, wrong stem": affix_on_wrong_stem,
     "right stem, no affix": stem_without_affix,
     "every lexicon word": every_word,
+    "alternatives listed": hedge,
     "gold in the reasoning only": gold_in_the_reasoning,
     "gold twenty times": gold_repeated,
     "fluent English": fluent_english,

@@ -2,9 +2,10 @@
 
     R = B * H * (w_lex R_lex + w_sem R_sem + w_cot G R_cot + w_morph R_morph) / W  +  w_dict R_dict / W  -  w_hall P_hall
 
-B is R_brev. H is the square of the share of wanted forms that the answer has (1 for a row that asks for no form), so that an answer
+B is R_brev. H is min(precision, recall)^2 of the wanted forms (1 for a row that asks for no form). Recall, so that an answer
 without the right form earns nothing for likeness to the reference: a sentence copied around a wrong form would be worth
-more than an honest miss. R_dict is multiplied by B too once a wanted form is there. G is R_lex for a row that asks for no
+more than an honest miss. Precision, so that naming several forms, the right one among them, earns no more than guessing
+one of them does on average. R_dict is multiplied by B too once a wanted form is there. G is R_lex for a row that asks for no
 form, else 1: any trace in front of any answer would be paid for otherwise. W is the sum of the weights of the terms that
 could be scored, so that a term that is None leaves the others their share. Where none but R_cot and P_hall could be scored,
 nothing says what the answer is worth, and R is None.
@@ -51,7 +52,8 @@ class Task:
 
 @dataclass(frozen=True)
 class Score:
-    """``total`` and the value of each term by name (None: could not be scored), with ``R_brev`` and ``hit``."""
+    """``total`` and the value of each term by name (None: could not be scored), with ``R_brev``, and ``hit`` and ``precision``
+    of the wanted forms."""
 
     total: float | None
     values: dict[str, float | None]
@@ -97,6 +99,7 @@ class Composite:
             "P_hall": terms.hallucination(answers, allowed, self.knowledge),
             "R_brev": terms.brevity(answers, references),
             "hit": terms.hit(answers, wanted),
+            "precision": terms.precision(answers, references, wanted, allowed, self.knowledge),
         }
         self.scored += len(texts)
         for name in TERMS:
@@ -114,11 +117,11 @@ class Composite:
             return None
         scored = [name for name in TERMS if name.startswith("R_") and values[name] is not None]
         whole = sum(self.weights.get(name, 0) for name in scored)
-        right, length = values["hit"], values["R_brev"]
+        right, exact, length = values["hit"], values["precision"], values["R_brev"]
         asked = right is not None
         trace = weighted("R_cot") * (1.0 if asked else values["R_lex"] or 0.0)
         likeness = weighted("R_lex", "R_sem", "R_morph") + trace
         if asked:
-            likeness *= right**2
+            likeness *= min(right, exact) ** 2
         anchor = weighted("R_dict") * (length if right else 1.0)
         return (length * likeness + anchor) / whole - weighted("P_hall")

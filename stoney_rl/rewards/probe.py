@@ -4,6 +4,7 @@ A reward has a problem when
 
 - an attack earns more than the honest answer on more than ``TOLERANCE`` of the rows, or on average;
 - an attack without the right form earns more than an honest miss, likewise;
+- an answer that names several forms, the right one among them, earns more than guessing one of them does on average;
 - the gold answer earns less than an honest answer, or than itself written in another Unicode form;
 - a null policy is not below the honest answer by a tenth of the way from the policy to the gold answer, on average, or
   earns as much as the honest answer on more than a tenth of the rows: they are free;
@@ -15,12 +16,13 @@ A term that is None for every text is switched off: that is said, and is no prob
 import random
 import statistics
 import unicodedata
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from stoney_rl import terminal
 from stoney_rl.lexemes import contains_form
-from stoney_rl.rewards.attacks import ATTACKS, NULL_POLICIES, REFERENCES, Ground
+from stoney_rl.rewards.attacks import ATTACKS, NULL_POLICIES, REFERENCES, Ground, alternatives, said
 from stoney_rl.rewards.composite import Task
 from stoney_rl.rewards.knowledge import Knowledge
 
@@ -115,6 +117,7 @@ def probe(
                     f"attack '{name}' earns more than an {kind} on {share:.0%} of {len(common)} rows (such as {line['where'] or 'on average'})"
                 )
 
+    _check_hedging(report, scorer, chosen, ground)
     null = {name: run(make) for name, make in NULL_POLICIES.items()}
     for name, texts in (policies or {}).items():
         given = dict(zip(chosen, texts, strict=True))
@@ -177,6 +180,30 @@ def _check_gold(report: Report, scorer: Scorer, chosen: Sequence[Task], gold: di
         )
     if not gold:
         report.problems.append("no gold answer could be scored: the reward is None for every one")
+
+
+def _check_hedging(report: Report, scorer: Scorer, chosen: Sequence[Task], ground: Ground) -> None:
+    """Each form named by itself against all of them in one answer, on average: whoever does not know the form would list."""
+    rows, asked, texts = [], [], []  # of each row the list comes first
+    for at, task in enumerate(chosen):
+        if others := alternatives(task, ground):
+            listed = said([*task.wanted, *others])
+            guesses = [said([form, *task.wanted[1:]]) for form in (task.wanted[0], *others)]
+            texts += [listed, *guesses]
+            rows += [at] * (1 + len(guesses))
+            asked += [task] * (1 + len(guesses))
+    scores = defaultdict(list)
+    for at, value in zip(rows, scorer(asked, texts) if texts else [], strict=True):
+        scores[at].append(value["total"])
+    gains = [
+        hedged - statistics.fmean(guesses) for hedged, *guesses in scores.values() if None not in (hedged, *guesses)
+    ]
+    winning = sum(gain > EPSILON for gain in gains)
+    if gains and (winning > TOLERANCE * len(gains) or statistics.fmean(gains) > EPSILON):
+        report.problems.append(
+            f"naming several forms, the right one among them, earns more than guessing one of them on {winning} of {len(gains)} rows "
+            f"({statistics.fmean(gains):+.3f} on average)"
+        )
 
 
 def _check_null(report: Report, name: str, earned: dict, honest: dict, gold: dict) -> None:

@@ -13,7 +13,7 @@ from stoney_rl.metrics import chrf
 from stoney_rl.rewards.knowledge import Knowledge, folded_words, language_words
 from stoney_rl.text import fold, normalize, words
 
-# R_dict of an answer that tries: an attested form of up to so many words, the wrong one. Any right form is worth more.
+# R_dict of an answer that tries: an attested form of up to so many words, the wrong one.
 ATTEMPT, ATTEMPT_WORDS = 0.1, 3
 MAX_REPEATS = 3  # times that a wanted form may stand in an answer, as it does in a sentence that explains it
 MAX_REASONING_WORDS = 200
@@ -81,43 +81,67 @@ def dictionary(
 ) -> Values:
     """R_dict in [0, 1]: are the forms asked for there, and no others?
 
-    With h of n wanted forms in the answer and e others: ATTEMPT + (1 - ATTEMPT) F1 with precision h / (h + e) and recall
-    h / n. e counts the different words that look like the language's and are neither wanted nor ``allowed`` (of the
-    question or the reference), and each time that a word of a wanted form stands there more than ``MAX_REPEATS`` times
-    and more often than in the reference. With no wanted form: ATTEMPT, if there are such words and all are attested, times ATTEMPT_WORDS / e where there are more of
-    them; else 0. None for a row that asks for no form.
+    s + (1 - s) t with s = min(``precision``, ``hit``), which is right / max(asked for, named). t: ATTEMPT, if the answer has
+    other words of the language and all are attested, times ATTEMPT_WORDS / their number where there are more of them; else
+    0. Naming k forms with the right one among them earns at most what guessing one of the k earns on average. None for a
+    row that asks for no form.
     """
     values: Values = []
-    for answer, reference, forms, own in zip(answers, references, wanted, allowed, strict=True):
-        if not forms:
+    precisions = precision(answers, references, wanted, allowed, knowledge)
+    for answer, forms, own, exact, found in zip(
+        answers, wanted, allowed, precisions, hit(answers, wanted), strict=True
+    ):
+        if exact is None or found is None:
             values.append(None)
             continue
-        found = sum(contains_form(answer, form) for form in forms)
-        others, repeats = _others(answer, reference, forms, own)
-        extra = len(others) + repeats
-        if found:
-            precision, recall = found / (found + extra), found / len(forms)
-            values.append(ATTEMPT + (1 - ATTEMPT) * 2 * precision * recall / (precision + recall))
-        else:
-            tried = others and others <= knowledge.attested
-            values.append(ATTEMPT * min(1.0, ATTEMPT_WORDS / len(others)) if tried else 0.0)
+        others = _others(answer, forms, own, knowledge)
+        tried = ATTEMPT * min(1.0, ATTEMPT_WORDS / len(others)) if others and others <= knowledge.attested else 0.0
+        share = min(exact, found)
+        values.append(share + (1 - share) * tried)
     return values
 
 
 def hit(answers: Sequence[str], wanted: Sequence[Sequence[str]]) -> Values:
-    """The share of wanted forms that stand in the answer, in [0, 1]; None for a row that asks for no form."""
+    """The recall of the wanted forms: the share of them that stand in the answer, in [0, 1]; None for a row that asks for
+    no form."""
     return [
         sum(contains_form(answer, form) for form in forms) / len(forms) if forms else None
         for answer, forms in zip(answers, wanted, strict=True)
     ]
 
 
-def _others(answer: str, reference: str, forms: Sequence[str], own: Sequence[str]) -> tuple[set[str], int]:
-    """Words that look like the language's and are nobody's; how often wanted words stand there beyond the limit."""
-    mine = {word for form in forms for word in folded_words(form)}
+def precision(
+    answers: Sequence[str],
+    references: Sequence[str],
+    wanted: Sequence[Sequence[str]],
+    allowed: Sequence[Sequence[str]],
+    knowledge: Knowledge,
+) -> Values:
+    """The precision of the wanted forms, in [0, 1]: h / (h + e) for h of them in the answer and e others beside them.
+
+    e counts the different words that look like the language's and are neither wanted, nor ``allowed`` (of the question or
+    the reference), nor affixes that the lexicon names; and each time that a word of a wanted form stands there more than
+    ``MAX_REPEATS`` times and more often than in the reference. 0 without a wanted form, None for a row that asks for none.
+    """
+    values: Values = []
+    for answer, reference, forms, own in zip(answers, references, wanted, allowed, strict=True):
+        found = sum(contains_form(answer, form) for form in forms)
+        extra = len(_others(answer, forms, own, knowledge)) + _repeats(answer, reference, forms) if found else 0
+        values.append((found / (found + extra) if found else 0.0) if forms else None)
+    return values
+
+
+def _others(answer: str, forms: Sequence[str], own: Sequence[str], knowledge: Knowledge) -> set[str]:
+    """Words of the answer that look like the language's and are nobody's. An affix explains a form, and is none."""
+    others = set(language_words(answer)).difference(own, *map(folded_words, forms))
+    return {word for word in others if word in knowledge.attested or word not in knowledge.morphs}
+
+
+def _repeats(answer: str, reference: str, forms: Sequence[str]) -> int:
+    """How often words of the wanted forms stand in the answer beyond the limit."""
     found, given = language_words(answer), language_words(reference)
-    repeats = sum(max(0, found.count(word) - max(MAX_REPEATS, given.count(word))) for word in mine)
-    return set(found) - mine - set(own), repeats
+    mine = {word for form in forms for word in folded_words(form)}
+    return sum(max(0, found.count(word) - max(MAX_REPEATS, given.count(word))) for word in mine)
 
 
 def morphology(answers: Sequence[str], wanted: Sequence[Sequence[str]], knowledge: Knowledge) -> Values:
