@@ -2,6 +2,7 @@
 # make test   set up, then run the tests (offline)
 # make setup  only the virtual environment
 # make check  lint and format check
+# make comet  the environment of the COMET metric, .venv-comet/ (optional; about 1.5 GB; TORCH_INDEX as below)
 #
 # CPU-only machine: make setup TORCH_INDEX=https://download.pytorch.org/whl/cpu   (avoids gigabytes of CUDA packages)
 
@@ -10,8 +11,10 @@ TORCH_INDEX ?=
 VENV := .venv
 READY := $(VENV)/.ready
 PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
+COMET := .venv-comet
+COMET_PIP := $(COMET)/bin/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test setup check format clean-demo
+.PHONY: demo test setup check format comet clean-demo
 
 setup: $(READY)
 
@@ -21,6 +24,16 @@ $(READY): requirements.txt requirements-dev.txt requirements.lock
 	@echo "Installing pinned requirements into $(VENV)/ (a few minutes, once) ..."
 	@$(if $(TORCH_INDEX),$(PIP) --index-url $(TORCH_INDEX) -c requirements.lock torch==2.13.0)
 	@$(PIP) -r requirements.txt -r requirements-dev.txt -c requirements.lock
+	@touch $@
+
+comet: $(COMET)/.ready
+
+$(COMET)/.ready: requirements-comet.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)) and "COMET needs Python 3.11 or 3.12: make PYTHON=python3.11 comet")'
+	@test -x $(COMET)/bin/python || $(PYTHON) -m venv $(COMET)
+	@echo "Installing COMET into $(COMET)/ (a few minutes, once) ..."
+	@$(if $(TORCH_INDEX),$(COMET_PIP) --index-url $(TORCH_INDEX) -c requirements-comet.txt torch)
+	@$(COMET_PIP) -r requirements-comet.txt
 	@touch $@
 
 demo: $(READY)

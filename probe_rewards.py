@@ -50,14 +50,14 @@ def main(argv: list[str] | None = None) -> int:
     # 1. The rows, what is known of the language, and the reward.
     from stoney_rl.rewards import probe
     from stoney_rl.rewards.composite import Composite, Task
-    from stoney_rl.rewards.encoder import load_encoder
     from stoney_rl.rewards.knowledge import load_knowledge
     from stoney_rl.rewards.plugins import Plugin, scorer
+    from stoney_rl.rewards.similarity import load_similarity
 
     knowledge = load_knowledge(lexicon)
     rows = read_rows(dataset)
     tasks = [Task.of(row) for row in rows]
-    composite = Composite(knowledge, weights, load_encoder(args.encoder) if args.encoder else None)
+    composite = Composite(knowledge, weights, load_similarity(args.encoder, args.comet_model))
     print(f"{dataset}: {len(rows):,} rows; {lexicon}: {len(knowledge.forms):,} forms, "
           f"{len(knowledge.segments):,} with a segmentation", flush=True)  # fmt: skip
 

@@ -140,9 +140,10 @@ def check_args(args: argparse.Namespace, devices: int) -> tuple:
         problems.add(f"--kl_penalty {args.kl_penalty}: expected a number of at least 0")
     if args.num_gpus and not args.multi_gpu:
         problems.add("--num_gpus: only with --multi_gpu")
-    if args.save_steps and args.save_steps % args.num_iterations:
-        problems.add(f"--save_steps {args.save_steps}: must be a multiple of --num_iterations {args.num_iterations}, "
-                     "or a resumed run would sample in another place")  # fmt: skip
+    for flag in ("num_iterations", "logging_steps"):
+        if args.save_steps and args.save_steps % getattr(args, flag):
+            problems.add(f"--save_steps {args.save_steps}: must be a multiple of --{flag} {getattr(args, flag)}, or a "
+                         "resumed run would sample in another place, or average over other updates")  # fmt: skip
     if args.validation_fraction == 0:
         problems.add("--validation_fraction: must be above 0; a run without held-out prompts proves nothing")
     if args.use_vllm:
@@ -176,6 +177,7 @@ def main(argv: list[str] | None = None) -> None:
     from stoney_rl import corpus, data
     from stoney_rl.rewards.composite import Composite, Task
     from stoney_rl.rewards.plugins import Plugin, scorer
+    from stoney_rl.rewards.similarity import load_similarity
 
     rows, _ = corpus.as_trained(
         start.name,
@@ -195,28 +197,22 @@ def main(argv: list[str] | None = None) -> None:
 
     # 2. The reward, attacked before anyone is paid by it.
     knowledge = learn(args, rows)
-    composite = Composite(knowledge, weights)
-    if args.encoder:
-        from stoney_rl.rewards.encoder import load_encoder
-
-        composite.encode = load_encoder(args.encoder)
+    composite = Composite(knowledge, weights, load_similarity(args.encoder, args.comet_model))
     if args.reward_model:
         from stoney_rl.rewards.reward_model import load_reward_model
 
         learned = load_reward_model(args.reward_model, batch_size=plan.per_device)
         rewards.append(Plugin("reward_model", args.reward_model_weight, learned.reward_model))
     score = scorer(rewards, composite)
+    meaning = args.encoder or args.comet_model
     named = " + ".join(f"{plugin.weight:g} {plugin.name}" for plugin in rewards)
     say(f"reward: {named}; {len(knowledge.forms):,} forms known, {len(knowledge.segments):,} with a segmentation; "
-        f"R_sem {'by ' + args.encoder if args.encoder else 'off (no --encoder)'}")  # fmt: skip
+        f"R_sem {'by ' + meaning if meaning else 'off (no --encoder, no --comet_model)'}")  # fmt: skip
     trained = (corpus.training_record(start.name) or {}).get("training_rows", ())
     held_out_rows = [row for row in rows.split.validation if corpus.row_hash(row) not in set(trained)]
     held_out_rows = random.Random(args.seed).sample(held_out_rows, min(args.eval_prompts, len(held_out_rows)))
     tasks = [Task.of(row) for row in rows.split.train]
-    if not last_checkpoint and runs.is_main():
-        problems = attack(score, tasks, knowledge, args)
-    else:
-        problems = []
+    problems = attack(score, tasks, knowledge, args) if runs.is_main() else []
 
     # 3. Model, tokenizer, prompts.
     import torch
@@ -262,7 +258,8 @@ def main(argv: list[str] | None = None) -> None:
         raise StoneyError("--dataset: no held-out row that the model was not trained on; a run without proves nothing")
     updates = args.max_steps or math.ceil(args.num_episodes / args.batch_size) * args.num_iterations
     eval_steps = max(1, updates // 5) if args.eval_steps is None else args.eval_steps
-    save_steps = args.save_steps or math.ceil(max(1, updates // 10) / args.num_iterations) * args.num_iterations
+    unit = math.lcm(args.num_iterations, args.logging_steps)
+    save_steps = args.save_steps or math.ceil(max(1, updates // 10) / unit) * unit
     say(f"step: {args.batch_size} completions = {plan.prompts} prompts x {args.group_size}; {plan.per_device} at a time x "
         f"{devices} device(s) x {plan.accumulation} accumulated; {updates} updates")  # fmt: skip
     say(f"device: {models.device()}, {precision}")

@@ -28,6 +28,7 @@ from stoney_rl.rewards.completions import Completion, parse
 from stoney_rl.rewards.composite import DEFAULT_WEIGHTS, JUDGES, TERMS, Composite, Task
 from stoney_rl.rewards.knowledge import Knowledge, language_words, load_knowledge
 from stoney_rl.rewards.probe import TOLERANCE, sample
+from stoney_rl.rewards.similarity import encoder_similarity
 from stoney_rl.text import normalize, words
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -195,12 +196,17 @@ def test_semantic():
     references = ["a", "a", "a", "a", "a", "42", "a"]
     # cosines 1, 0.6, -1 and 0; no answer; a reference without a word; what a vector too long would give is cut
     expected = [1.0, pytest.approx(0.6), 0.0, 0.0, 0.0, None, 1.0]
-    assert terms.semantic(answers, references, vectors) == expected
+    assert terms.semantic(answers, references, answers, encoder_similarity(vectors)) == expected
 
 
 def test_semantic_is_off_without_an_encoder():
-    assert terms.semantic(["a", "b"], ["a", "a"], None) == [None, None]
-    assert terms.semantic(["a"], ["42"], lambda _: pytest.fail("nothing to encode")) == [None]
+    assert terms.semantic(["a", "b"], ["a", "a"], ["a", "a"], None) == [None, None]
+    assert terms.semantic(["a"], ["42"], ["a"], lambda *_: pytest.fail("nothing to compare")) == [None]
+
+
+def test_semantic_gives_each_text_its_place():
+    seen = lambda *columns: [float(row == ("asked", "said", "gold")) for row in zip(*columns, strict=True)]  # noqa: E731
+    assert terms.semantic(["x", "said"], ["42", "gold"], ["y", "asked"], seen) == [None, 1.0]
 
 
 # -- R_dict and hit

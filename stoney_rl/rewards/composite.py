@@ -68,7 +68,7 @@ class Composite:
 
     knowledge: Knowledge
     weights: Mapping[str, float] = field(default_factory=lambda: dict(DEFAULT_WEIGHTS))
-    encode: Callable[[list[str]], object] | None = None
+    similarity: Callable[[list[str], list[str], list[str]], list[float]] | None = None
     unscored: Counter = field(default_factory=Counter)
     scored: int = 0
 
@@ -92,7 +92,7 @@ class Composite:
         wanted, allowed = [task.wanted for task in tasks], [task.allowed for task in tasks]
         columns = {
             "R_lex": terms.lexical(answers, references, questions),
-            "R_sem": terms.semantic(answers, references, self.encode),
+            "R_sem": terms.semantic(answers, references, questions, self.similarity),
             "R_cot": terms.reasoning([one.reasoning for one in parsed], answers, allowed, self.knowledge),
             "R_dict": terms.dictionary(answers, references, wanted, allowed, self.knowledge),
             "R_morph": terms.morphology(answers, wanted, self.knowledge),

@@ -8,7 +8,7 @@ from stoney_rl.errors import StoneyError
 
 
 def add_reward_flags(group: argparse._ActionsContainer) -> None:
-    """``--lexicon``, ``--reward``, ``--reward_model``, ``--reward_model_weight``, ``--reward_weights``, ``--encoder``."""
+    """``--lexicon --reward --reward_model --reward_model_weight --reward_weights --encoder --comet_model``."""
     group.add_argument("--lexicon", help="lexicon file; default: the prepared directory's own")
     group.add_argument("--reward", action="append", default=[], metavar="NAME[=WEIGHT]",
                        help="repeatable: composite, or package.module:function with TRL's signature; default: composite")  # fmt: skip
@@ -24,13 +24,14 @@ def add_reward_flags(group: argparse._ActionsContainer) -> None:
         help="of the composite's terms; default: see stoney_rl/rewards/README.md",
     )
     group.add_argument("--encoder", help="sentence encoder for R_sem: folder or hub id; without one it is off")
+    group.add_argument("--comet_model", help="or a COMET model for R_sem: folder, file or hub id (needs make comet)")
 
 
 def check_reward_flags(args: argparse.Namespace, problems: cli.Problems) -> tuple[list, dict[str, float]]:
     """(plug-ins of ``--reward``, weight of each term of the composite); what is wrong goes to ``problems``.
 
-    Without ``--reward`` the composite is the only plug-in, or with ``--reward_model`` there is none. The reward model and
-    the encoder are looked up, not loaded. A missing lexicon is the script's to see: it depends on the rows.
+    Without ``--reward`` the composite is the only plug-in, or with ``--reward_model`` there is none. The reward model, the
+    encoder and COMET are looked up, not loaded. A missing lexicon is the script's to see: it depends on the rows.
     """
     from stoney_rl.models import find_model
     from stoney_rl.rewards.composite import DEFAULT_WEIGHTS, Composite
@@ -45,7 +46,7 @@ def check_reward_flags(args: argparse.Namespace, problems: cli.Problems) -> tupl
     if all(loaded):
         plugins = attempt(problems, load_plugins, specs) or []  # once more, all of them: none may be given twice
         if not any(plugin.name == COMPOSITE for one in loaded for plugin in one):
-            for flag in ("reward_weights", "encoder"):
+            for flag in ("reward_weights", "encoder", "comet_model"):
                 if getattr(args, flag):
                     problems.add(
                         f"--{flag}: belongs to the composite, which is not among the rewards; add --reward {COMPOSITE}"
@@ -56,6 +57,12 @@ def check_reward_flags(args: argparse.Namespace, problems: cli.Problems) -> tupl
         attempt(problems, find_reward_model, args.reward_model, flag="--reward_model ")
     if args.encoder:
         attempt(problems, find_model, args.encoder, flag="--encoder ")
+    if args.comet_model:
+        from stoney_rl.metrics.comet import CometScorer
+
+        attempt(problems, CometScorer, args.comet_model, flag="--comet_model ")
+    if args.encoder and args.comet_model:
+        problems.add("--encoder and --comet_model: R_sem takes one of them")
     return plugins, weights
 
 

@@ -56,19 +56,22 @@ def _metric(reference: str):
     return CHRF(char_order=chrf.CHAR_ORDER, word_order=chrf.WORD_ORDER, beta=chrf.BETA, references=[[reference]])
 
 
-def semantic(answers: Sequence[str], references: Sequence[str], encode: Callable[[list[str]], object] | None) -> Values:
-    """R_sem in [0, 1]: cosine of the two texts' sentence vectors, negative ones as 0. None without an encoder.
+def semantic(
+    answers: Sequence[str],
+    references: Sequence[str],
+    questions: Sequence[str],
+    similarity: Callable[[list[str], list[str], list[str]], list[float]] | None,
+) -> Values:
+    """R_sem in [0, 1]: how alike answer and reference are in meaning, as ``similarity`` has it (``rewards.similarity``).
 
-    ``encode``: texts -> float array [text, dimension], rows of length 1.
+    None without one, and where the reference has no word.
     """
-    if encode is None:
-        return [None] * len(answers)
-    usable = [row for row, reference in enumerate(references) if words(reference)]
     values: Values = [None] * len(answers)
+    usable = [row for row, reference in enumerate(references) if similarity and words(reference)]
     if usable:
-        ours, theirs = encode([answers[row] or " " for row in usable]), encode([references[row] for row in usable])
-        for row, cosine in zip(usable, (ours * theirs).sum(axis=1), strict=True):
-            values[row] = float(min(1.0, max(0.0, cosine))) if answers[row] else 0.0
+        columns = ([column[row] for row in usable] for column in (questions, answers, references))
+        for row, value in zip(usable, similarity(*columns), strict=True):
+            values[row] = value
     return values
 
 
