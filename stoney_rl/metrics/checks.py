@@ -25,6 +25,15 @@ def check_texts(name: str, texts: Sequence[str]) -> None:
             raise StoneyError(f"{name}[{index}]: expected a string, got {type(text).__name__}; leave unscored rows out")
 
 
+def check_column(name: str, texts: Sequence[str], size: int | None = None) -> None:
+    """Raise StoneyError unless ``texts`` passes ``check_texts`` and has ``size`` entries, one for each prediction."""
+    check_texts(name, texts)
+    if size is not None and len(texts) != size:
+        raise StoneyError(
+            f"{size} predictions but {len(texts)} {name}: expected one for each prediction, in the same order"
+        )
+
+
 def check_pairs(predictions: Sequence[str], references: Sequence[str]) -> None:
     """Raise StoneyError unless both are flat lists of strings of one length and no reference is blank."""
     check_texts("predictions", predictions)

@@ -23,19 +23,25 @@ def form_accuracy(*, predictions: Sequence[str], targets: Sequence[Sequence[str]
     """
     from stoney_rl.lexemes import contains_form
 
+    check_targets(predictions, targets)
+    values = []
+    for prediction, forms in zip(predictions, targets, strict=True):
+        asked = {fold(form): form for form in forms or []}
+        hits = sum(contains_form(prediction, form) for form in asked.values())
+        values.append(hits / len(asked) if asked else None)
+    return values
+
+
+def check_targets(predictions: Sequence[str], targets: Sequence[Sequence[str] | None]) -> None:
+    """Raise StoneyError unless there is one prediction (a string) and one list of asked forms, or None, for each row."""
     check_texts("predictions", predictions)
     if isinstance(targets, str) or len(predictions) != len(targets):
         raise StoneyError(
             f"{len(predictions)} predictions but {len(targets)} lists of asked forms: expected one list (or None) "
             "for each prediction, in the same order"
         )
-    values = []
-    for index, (prediction, forms) in enumerate(zip(predictions, targets, strict=True)):
+    for index, forms in enumerate(targets):
         check_forms(f"targets[{index}]", forms)
-        asked = {fold(form): form for form in forms or []}
-        hits = sum(contains_form(prediction, form) for form in asked.values())
-        values.append(hits / len(asked) if asked else None)
-    return values
 
 
 def check_forms(name: str, forms: Sequence[str] | None) -> None:
