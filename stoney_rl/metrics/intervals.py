@@ -14,6 +14,7 @@
    1 - (alpha/2)^(1/n) of other units could have gone unnoticed (Clopper and Pearson 1934), and those could lie at a
    bound. Where it has none, low and high are None.
 6. With fewer than five units the tail of step 3 lies beyond what resampling them can show: low and high are None.
+7. Of several tests some come out by chance: ``randomisation_p`` of each, and ``holm`` over all of them, decide.
 
 The interval covers the choice of test rows. It does not cover another training seed.
 """
@@ -24,6 +25,8 @@ from dataclasses import dataclass
 from stoney_rl.errors import StoneyError
 
 RESAMPLES = 2000
+TRIALS = 10_000  # of approximate randomisation, as sacreBLEU
+POWER = 0.8  # the chance to find a difference of the detectable size
 CONFIDENCE = 0.95
 # Below this many units no difference is called conclusive: the simulation in tests/test_intervals.py.
 MIN_UNITS = 10
@@ -76,6 +79,20 @@ def mean_interval(
     return _interval(_value_and_count(values[0]), _mean, seed, resamples, confidence, clusters, bounds)
 
 
+def statistic_interval(
+    statistics,
+    score: Callable,
+    *,
+    seed: int,
+    resamples: int = RESAMPLES,
+    confidence: float = CONFIDENCE,
+    clusters: Sequence[Hashable] | None = None,
+    bounds: tuple[float, float] | None = None,
+) -> Interval | None:
+    """Interval of ``score`` of the summed ``statistics`` [row, k]; ``score`` maps [..., k] to [...]. None without rows."""
+    return _interval(_array(statistics), score, seed, resamples, confidence, clusters, bounds)
+
+
 def chrf_interval(
     statistics,
     *,
@@ -113,6 +130,27 @@ def mean_difference(
     return _difference(_value_and_count(b - a), _mean, seed, resamples, confidence, clusters, span)
 
 
+def statistic_difference(
+    statistics_a,
+    statistics_b,
+    score: Callable,
+    *,
+    seed: int,
+    resamples: int = RESAMPLES,
+    confidence: float = CONFIDENCE,
+    clusters: Sequence[Hashable] | None = None,
+    bounds: tuple[float, float] | None = None,
+) -> Difference | None:
+    """``score`` of b minus that of a, each of summed statistics [row, k] on the same rows in one order.
+
+    ``score`` maps [..., k] to [...], ``bounds`` are the least and greatest that it can be. None without rows; raises
+    StoneyError for different numbers of rows.
+    """
+    rows, difference = _paired(statistics_a, statistics_b, score)
+    span = None if bounds is None else (bounds[0] - bounds[1], bounds[1] - bounds[0])
+    return _difference(rows, difference, seed, resamples, confidence, clusters, span)
+
+
 def chrf_difference(
     statistics_a,
     statistics_b,
@@ -123,18 +161,112 @@ def chrf_difference(
     clusters: Sequence[Hashable] | None = None,
 ) -> Difference | None:
     """Corpus chrF++ of b minus that of a, both [row, 24] on the same rows in one order. None if there is no row."""
+    from stoney_rl.metrics.chrf import score_from_counts
+
+    return statistic_difference(
+        _counts(statistics_a),
+        _counts(statistics_b),
+        score_from_counts,
+        seed=seed,
+        resamples=resamples,
+        confidence=confidence,
+        clusters=clusters,
+        bounds=(0.0, 100.0),
+    )
+
+
+def randomisation_p(
+    statistics_a,
+    statistics_b,
+    score: Callable,
+    *,
+    seed: int,
+    trials: int = TRIALS,
+    clusters: Sequence[Hashable] | None = None,
+) -> float | None:
+    """Two-sided p of the difference of two systems by approximate randomisation; arguments as ``statistic_difference``.
+
+    If it did not matter which system gave which answer, the two could be swapped: in each trial the rows of every
+    cluster are, all or none, with probability 1/2. p = (c + 1) / (trials + 1) with c the trials whose difference is at
+    least as large as the one seen (Noreen 1989; Riezler and Maxwell 2005, https://aclanthology.org/W05-0908). For rows
+    that are each their own cluster, draws and p are those of sacreBLEU's paired_ar with the same seed, but for ties:
+    sacreBLEU counts larger differences alone, so that equal systems would have the least p there is; here they have 1.
+    One byte of memory for each trial and cluster.
+    """
     import numpy as np
 
-    from stoney_rl.metrics.chrf import COUNTS, score_from_counts
+    rows, difference = _paired(statistics_a, statistics_b, score)
+    by_unit = _sum_by_cluster(rows, clusters)
+    units, width = len(by_unit), rows.shape[1] // 2
+    if not units:
+        return None
+    a, b = by_unit[:, :width], by_unit[:, width:]
+    kept = np.random.default_rng(seed).integers(2, size=(trials, units), dtype=bool)
+    total = by_unit.sum(axis=0)
+    both = total[:width] + total[width:]
+    seen = abs(difference(total))
+    as_large, block = 0, max(1, _DRAWS // units)
+    for start in range(0, trials, block):
+        first = kept[start : start + block].astype(np.float64) @ (a - b) + b.sum(axis=0)
+        found = np.abs(difference(np.hstack([first, both - first])))
+        as_large += int((found >= seen - 1e-9 * max(1.0, seen)).sum())
+    return (as_large + 1) / (trials + 1)
 
-    a, b = _counts(statistics_a), _counts(statistics_b)
-    if len(a) != len(b):
-        raise StoneyError(f"chrF++ difference: {len(a)} rows against {len(b)}: expected the same rows in one order")
 
-    def difference(sums):
-        return score_from_counts(sums[..., COUNTS:]) - score_from_counts(sums[..., :COUNTS])
+def holm(ps: Sequence[float]) -> list[float]:
+    """Step-down corrected p values, in order: the chance of one false finding or more among all stays below a level.
 
-    return _difference(np.hstack([a, b]), difference, seed, resamples, confidence, clusters, (-100.0, 100.0))
+    Holm 1979, Scandinavian Journal of Statistics 6(2), 65-70.
+    """
+    corrected, highest = [0.0] * len(ps), 0.0
+    for rank, index in enumerate(sorted(range(len(ps)), key=lambda i: ps[i])):
+        highest = max(highest, min(1.0, ps[index] * (len(ps) - rank)))
+        corrected[index] = highest
+    return corrected
+
+
+def detectable_difference(
+    statistics_a,
+    statistics_b,
+    score: Callable,
+    *,
+    seed: int,
+    alpha: float = 0.05,
+    power: float = POWER,
+    simulations: int = RESAMPLES,
+    clusters: Sequence[Hashable] | None = None,
+) -> float | None:
+    """The smallest true difference that a test of level ``alpha`` would find with probability ``power`` at this n.
+
+    Arguments as ``statistic_difference``. Each cluster's share of the difference (its jackknife pseudo-value: Efron and
+    Tibshirani 1993, chapter 11), less their mean, is what differences are made of when there is none. ``simulations``
+    sets of as many are drawn from these; a set with mean m and standard error s would reject, after a shift by d, if
+    m + d > t s, with t the Student quantile of 1 - alpha/2. The d that is wanted is the ``power`` quantile of t s - m.
+    For normal differences that is Bloom's minimum detectable effect (1995, Evaluation Review 19(5)), (t + z) s with z
+    the normal quantile of ``power``. It rests on the spread of the differences seen, never on their mean.
+    None with fewer than ``MIN_UNITS`` clusters, or where all differences are the same: they show no spread.
+    """
+    import numpy as np
+    from scipy.special import stdtrit
+
+    rows, difference = _paired(statistics_a, statistics_b, score)
+    by_unit = _sum_by_cluster(rows, clusters)
+    n = len(by_unit)
+    if n < MIN_UNITS:
+        return None
+    total = by_unit.sum(axis=0)
+    shares = n * difference(total) - (n - 1) * difference(total - by_unit)
+    shares = shares - shares.mean()
+    if np.ptp(shares) <= 1e-9 * max(1.0, abs(float(difference(total)))):
+        return None
+
+    def needed(sums):
+        mean = sums[..., 0] / n
+        variance = np.maximum(sums[..., 1] / n - mean**2, 0) / (n - 1)
+        return stdtrit(n - 1, 1 - alpha / 2) * np.sqrt(variance) - mean
+
+    moments = np.stack([shares, shares**2], axis=-1)
+    return float(np.quantile(resample(moments, needed, seed=seed, resamples=simulations), power))
 
 
 def resample(sums_by_unit, score: Callable, *, seed: int, resamples: int):
@@ -244,6 +376,26 @@ def _scored(columns, clusters):
                 "values: expected finite numbers or None, got NaN or infinity; use None for unscored rows"
             )
     return arrays, None if clusters is None else [clusters[row] for row in kept]
+
+
+def _paired(statistics_a, statistics_b, score):
+    """[row, 2k] of both systems' statistics, and the difference of their scores as a function of sums of it."""
+    import numpy as np
+
+    a, b = _array(statistics_a), _array(statistics_b)
+    if a.shape != b.shape:
+        raise StoneyError(f"paired statistics: {len(a)} rows against {len(b)}: expected the same rows in one order")
+    width = a.shape[1]
+    return np.hstack([a, b]), lambda sums: score(sums[..., width:]) - score(sums[..., :width])
+
+
+def _array(statistics):
+    import numpy as np
+
+    found = np.asarray(statistics, dtype=np.float64)
+    if found.ndim != 2 and found.size:
+        raise StoneyError(f"statistics: expected an array [row, k], got {list(found.shape)}")
+    return found.reshape(len(found), -1) if found.size else found.reshape(0, 0)
 
 
 def _counts(statistics):
