@@ -20,8 +20,8 @@ from stoney_rl.planted import PlantedLanguage
 from stoney_rl.planted_prose import prose_rows
 from stoney_rl.rewards import terms
 from stoney_rl.rewards.composite import Composite
-from stoney_rl.rewards.similarity import load_encoder
 from stoney_rl.rewards.probe import probe
+from stoney_rl.rewards.similarity import load_encoder
 
 ROOT = Path(__file__).resolve().parents[1]
 QUIET = ["--wandb_mode", "disabled"]
