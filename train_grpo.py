@@ -385,6 +385,9 @@ def main(argv: list[str] | None = None) -> None:
         say(f"sampled before training: {sampled}")
         for text, earned in sampled.examples[:2]:
             say(f"  {'unscored' if earned is None else format(earned, '6.3f')}  {' '.join(text.split())[:100]}")
+        if sampled.silence_pays:
+            say(f"  saying nothing would earn more, {sampled.silence:.3f}: what is learned first may be silence (more SFT first, or "
+                "a smaller weight of P_hall)")  # fmt: skip
         if sampled.without_spread == sampled.groups:
             say("  no group can teach anything: the policy will not move while that is so (another reward, a higher "
                 "--temperature, a larger --group_size, or more SFT first)")  # fmt: skip

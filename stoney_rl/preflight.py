@@ -55,7 +55,10 @@ def plan_batch(batch_size: int, group_size: int, devices: int = 1, micro_batch_s
     divisors = [size for size in range(1, local + 1) if local % size == 0]
     if micro_batch_size is None:
         whole = [size for size in divisors if size % group_size == 0 or group_size % size == 0]
-        micro_batch_size = max(size for size in whole if size <= MICRO_BATCH)
+        below = max(size for size in whole if size <= MICRO_BATCH)
+        above = min((size for size in whole if size > MICRO_BATCH), default=below)
+        # A group whose size has no good divisor, such as 17, is taken whole.
+        micro_batch_size = below if 2 * below >= min(MICRO_BATCH, local) else above
     elif micro_batch_size not in divisors:
         fitting = sorted(divisors, key=lambda size: abs(size - micro_batch_size))[:2]
         raise StoneyError(
@@ -134,7 +137,10 @@ def free_memory() -> int:
 
 @dataclass(frozen=True)
 class Sampled:
-    """A few groups of completions. ``without_spread``: groups whose completions all earn the same, or can't be scored."""
+    """A few groups of completions. ``without_spread``: groups whose completions all earn the same, or can't be scored.
+
+    ``silence``: what an empty answer to the same prompts earns, on average; None where it can't be scored.
+    """
 
     groups: int
     without_spread: int
@@ -143,6 +149,12 @@ class Sampled:
     rewards: list[float]
     seconds: float
     examples: list[tuple[str, float | None]]
+    silence: float | None = None
+
+    @property
+    def silence_pays(self) -> bool:
+        """Whether the policy would earn more by saying nothing than it does: what it learns first may be silence."""
+        return self.silence is not None and bool(self.rewards) and statistics.fmean(self.rewards) < self.silence
 
     def __str__(self) -> str:
         mean = f"mean reward {statistics.fmean(self.rewards):.3f}" if self.rewards else "no completion could be scored"
@@ -168,6 +180,7 @@ def sample_groups(
         drawn, _ = trainer._generate_single_turn(written, None, {}, group_size)
     texts = [trainer.decode(ids) for ids in drawn]
     totals = [score["total"] for score in scorer([task for task in tasks for _ in range(group_size)], texts)]
+    silent = [score["total"] for score in scorer(tasks, [""] * len(tasks)) if score["total"] is not None]
     groups = [totals[start : start + group_size] for start in range(0, len(totals), group_size)]
     known = [[value for value in group if value is not None] for group in groups]
     return Sampled(
@@ -176,6 +189,7 @@ def sample_groups(
         truncated=statistics.fmean(ids[-1] not in trainer.eos_token_ids for ids in drawn),
         tokens=[len(ids) for ids in drawn],
         rewards=[value for group in known for value in group],
+        silence=statistics.fmean(silent) if silent else None,
         seconds=time.monotonic() - started,
         examples=list(zip(texts[:group_size], totals[:group_size], strict=True)),
     )

@@ -271,7 +271,7 @@ def check_saved_adapter(model: PeftModel, directory: Path) -> None:
 def merged(source: models.ModelSource, directory: Path) -> models.ModelSource:
     """``source`` as a model without an adapter: itself, or the merged model that was saved with the adapter.
 
-    An adapter that comes alone is merged in fp32 into ``directory``.
+    An adapter that comes alone is merged in fp32 into ``directory``. Raises ``StoneyError`` if something else is there.
     """
     if source.kind != "adapter":
         return source
@@ -285,6 +285,8 @@ def merged(source: models.ModelSource, directory: Path) -> models.ModelSource:
         ):
             print(f"{source.name}: an adapter; starting from its merged model, {path}")
             return models.find_model(str(path))
+    if directory.exists() and (checkpoints.read_stage(directory) or {}).get("stage") != "merge":
+        raise StoneyError(f"{directory}: in the way of the merged model of {source.name}; rename it, or merge yourself")
     with PartialState().main_process_first():
         if not PartialState().is_main_process:
             return models.find_model(str(directory))
