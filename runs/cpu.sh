@@ -23,3 +23,9 @@ python train_lora.py \
 python evaluate_model.py \
     --model_path demo/planted_merged --baseline base --baseline retrieval \
     --num_samples 128 --max_new_tokens 24 --batch_size 32 --output_dir demo/evaluation
+
+# 5. GRPO from the tuned model, on a reward that is attacked first; its report says what became of the policy -> demo/grpo/
+python train_grpo.py \
+    --lora_path demo/planted_merged --dataset demo/prepared --lexicon data/planted/lexicon.jsonl \
+    --output_dir demo/grpo --batch_size 32 --group_size 8 --max_completion_length 24 --learning_rate 1e-4 \
+    --max_steps 8 --eval_steps 0 --eval_prompts 32 --preflight_prompts 4 --no-gradient_checkpointing --seed 0 --resume

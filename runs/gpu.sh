@@ -13,5 +13,8 @@ python inspect_hf_dataset.py --output_dir prepared
 # 3. LoRA SFT -> stoney_lora_ckpt/ (adapter) and stoney_lora_merged/
 python train_lora.py --dataset prepared --batch_size 4 --resume
 
-# 4. Base, tuned and a memoriser on held-out rows -> evaluation/
-python evaluate_model.py --model_path stoney_lora_merged --baseline base --baseline retrieval --num_samples 400
+# 4. GRPO on a reward that was attacked first -> stoney_rl_grpo_ckpt/ (adapter) and stoney_rl_grpo/
+python train_grpo.py --lora_path stoney_lora_merged --batch_size 64 --group_size 16 --resume
+
+# 5. Base, SFT, GRPO and a memoriser on held-out rows -> evaluation/
+python evaluate_model.py --model_path stoney_rl_grpo --baseline stoney_lora_merged --baseline retrieval --num_samples 400
