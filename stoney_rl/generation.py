@@ -1,11 +1,12 @@
-"""Batched generation whose answers are those of one prompt at a time."""
+"""Batched generation whose answers are those of one prompt at a time, sampled ones too."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    import torch
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
@@ -27,8 +28,13 @@ def generate(
     ends: set[int],
     max_new_tokens: int,
     batch_size: int,
+    seeds: Sequence[int | None] | None = None,
+    temperature: float = 1.0,
 ) -> Iterator[list[Completion]]:
-    """Greedy completions of ``prompts`` (token ids), one list a batch, longest prompts first.
+    """Completions of ``prompts`` (token ids), one list a batch, longest prompts first, like ones in the order given.
+
+    ``seeds``: for each prompt None, for the greedy completion, or the seed of one that is drawn at ``temperature``;
+    without them all are greedy.
 
     Prompts of like length share a batch, padded on the left and masked, so padding changes nothing: in fp32 the
     answers equal those of batches of one. ``ends`` are the token ids that end a turn. Memory runs out, if at all, in
@@ -53,11 +59,41 @@ def generate(
             prompt = torch.tensor(prompts[index])
             ids[line, width - len(prompt) :] = prompt
             mask[line, width - len(prompt) :] = 1
+        drawn = [seeds[index] for index in batch] if seeds else []
         with torch.inference_mode(), _only_config(model, config):
             output = model.generate(
-                input_ids=ids.to(model.device), attention_mask=mask.to(model.device), generation_config=config
+                input_ids=ids.to(model.device),
+                attention_mask=mask.to(model.device),
+                generation_config=config,
+                logits_processor=[_GumbelNoise(drawn, temperature)] if any(seed is not None for seed in drawn) else [],
             )[:, width:].tolist()
         yield [_completion(index, tokens, tokenizer, ends) for index, tokens in zip(batch, output, strict=True)]
+
+
+class _GumbelNoise:
+    """Makes the largest logit of a line a draw from softmax(logits / temperature), by Gumbel noise on it.
+
+    See Maddison, Tarlow and Minka 2014, https://arxiv.org/abs/1411.0030. Every line draws from a generator of its own, so
+    that a sample depends on its prompt and seed alone, not on what shares its batch; transformers' own sampling has one.
+    """
+
+    def __init__(self, seeds: Sequence[int | None], temperature: float) -> None:
+        import torch
+
+        self.temperature = temperature
+        self.generators = {
+            line: torch.Generator().manual_seed(seed) for line, seed in enumerate(seeds) if seed is not None
+        }
+
+    def __call__(self, input_ids: "torch.Tensor", scores: "torch.Tensor") -> "torch.Tensor":
+        """``scores``: the next token's logits [line, vocabulary]; those of greedy lines stay as they are."""
+        import torch
+
+        noisy = scores.clone()
+        for line, generator in self.generators.items():
+            waiting = torch.empty(scores.shape[1]).exponential_(generator=generator)  # -log of it is Gumbel noise
+            noisy[line] -= self.temperature * waiting.clamp_min(1e-30).log().to(scores.device)
+        return noisy
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,14 +14,18 @@ from pathlib import Path
 
 import pytest
 import tiny
+from test_comet import HELLO, HUB_ID, STUB
 
 import evaluate_model
-from stoney_rl import checkpoints, corpus, data, generation, lexemes, models, planted, predictions
+from stoney_rl import checkpoints, corpus, data, generation, lexemes, lexicon, models, planted, predictions
 from stoney_rl.errors import StoneyError
+from stoney_rl.metrics import comet, pass_at_k, suite
+from stoney_rl.rewards.knowledge import Knowledge
+from stoney_rl.text import normalize
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 QUICK = ["--wandb_mode", "disabled", "--resamples", "1000", "--max_new_tokens", "6", "--batch_size", "4"]
-METRICS, GROUPS = {"chrf", "exact", "form"}, {"all", "seen", "unseen"}
+GROUPS = {"all", "seen", "unseen"}
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +96,7 @@ def read(output):
 
 def scores_of(results):
     """The scores without what may differ between two runs of the same thing."""
-    return {name: system["groups"] for name, system in results["systems"].items()}, results["comparisons"]
+    return {name: system["groups"] for name, system in results["systems"].items()}, results["comparison"]
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +130,7 @@ def generated(monkeypatch):
 def fixed_answers(monkeypatch, answer_of):
     """Generation that answers each question with ``answer_of[question]``, last row first."""
 
-    def generate(model, tokenizer, prompts, *, ends, max_new_tokens, batch_size):
+    def generate(model, tokenizer, prompts, **_):
         texts = [tokenizer.decode(prompt) for prompt in prompts]
         questions = [next(question for question in answer_of if f"\n{question}<|im_end|>" in text) for text in texts]
         for index in reversed(range(len(prompts))):
@@ -139,10 +144,13 @@ def fixed_answers(monkeypatch, answer_of):
 
 def test_the_files_of_an_evaluation(world, finished):
     written = {str(path.relative_to(finished.output)) for path in finished.output.rglob("*") if path.is_file()}
-    assert written >= {"results.json", "predictions.jsonl", "summary.txt", "results.png"}
-    assert written >= {"baselines/base/predictions.jsonl", "baselines/retrieval/predictions.jsonl"}
+    assert written == {
+        *("results.json", "predictions.jsonl", "lexicon.jsonl", "identity.json", "summary.txt", "errors.html"),
+        *("results.png", "comparison.png"),
+        *("baselines/base/predictions.jsonl", "baselines/retrieval/predictions.jsonl"),
+    }
     assert not finished.output.with_name("out.partial").exists()
-    assert (finished.output / "results.png").read_bytes().startswith(b"\x89PNG")
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in finished.output.glob("*.png"))
 
     lines = (finished.output / "predictions.jsonl").read_text(encoding="utf-8").split("\n")[:-1]
     rows = {row.id: row for row in world.prepared.split.test}
@@ -172,22 +180,27 @@ def test_no_number_without_its_signature(world, finished):
         sizes = system["group_sizes"]
         assert sizes["seen"] > 0 and sizes["unseen"] > 0 and sizes["seen"] + sizes["unseen"] == sizes["all"]
         for group, metrics in system["groups"].items():
-            assert metrics.keys() == METRICS
+            assert metrics.keys() == suite.STRING_METRICS.keys()
             for name, entry in metrics.items():
-                assert entry["n"] == sizes[group] and entry["low"] <= entry["value"] <= entry["high"]
+                assert entry["n"] + entry["unscored"] == sizes[group]
+                assert name not in ("chrf", "exact", "form") or entry["n"] == sizes[group]
+                assert entry["n"] == 0 or entry["low"] is None or entry["low"] <= entry["value"] <= entry["high"]
                 assert "bs:1000|seed:0" in entry["signature"]
                 assert ("chrF2++" in entry["signature"]) == (name == "chrf")
-    assert [(c["a"], c["b"]) for c in results["comparisons"]] == [
-        ("base", "tuned_merged"),
-        ("retrieval", "tuned_merged"),
-    ]
+    compared = results["comparison"]
+    assert compared["systems"] == ["base", "retrieval", "tuned_merged"] and compared["tests"] == 3 * 2 * 3
+    assert list(compared["signatures"]) == ["chrf", "exact", "form"]
+    assert results["errors"]["tuned_merged"]["asked"] == results["n"]
 
 
 def test_the_summary_is_what_a_person_reads(finished, capsys):
     text = (finished.output / "summary.txt").read_text(encoding="utf-8")
     for words in ("tuned_merged", "base", "retrieval: no model;", "chrF++", "form accuracy", "unseen", "seed 0"):
         assert words in text
-    assert re.search(r"On lexemes never trained on, tuned_merged (is|differs)", text)
+    assert re.search(r"^Unseen words: tuned_merged is (not shown to be )?(better|worse)", text, re.MULTILINE)
+    assert text.rfind("Seen words: tuned_merged is worse than retrieval (chrF++") > text.rfind("chrF2++|")
+    assert "words: retrieval is" not in text  # what a pair of baselines is to each other is in the table alone
+    assert "answers lack a form they were asked for" in text
     assert "were trained on" not in text
     truncated = sum(record["truncated"] for record in finished.records.values())
     assert truncated and f"tuned_merged {truncated}" in text and "--max_new_tokens" in text
@@ -229,8 +242,8 @@ def test_another_checkpoint_and_an_earlier_evaluation_as_baselines(world, finish
     assert results["systems"]["out"] == finished.results["systems"]["tuned_merged"]
     assert results["systems"]["base"] == finished.results["systems"]["base"]
     assert predictions.read(Path("out/baselines/base/predictions.jsonl")) == before
-    verdict = results["comparisons"][1]["groups"]["all"]["chrf"]
-    assert verdict["difference"] == 0 and not verdict["conclusive"]
+    same = [one for one in results["comparison"]["differences"] if one["a"] == "out" and one["b"] == "tuned_merged"]
+    assert len(same) == 6 and all(one["difference"] == 0 and one["shown"] is None for one in same)
 
 
 def test_a_base_model_is_evaluated_on_rows_that_are_named(world):
@@ -248,6 +261,12 @@ def test_a_base_model_is_evaluated_on_rows_that_are_named(world):
         (["--baseline", "broken"], "--baseline broken: has results.json but no predictions.jsonl"),
         (["--baseline", "{finished}", "--split", "validation"], "no answer to .* of these .* rows"),
         (["--resamples", "99"], "--resamples 99: expected at least 100"),
+        (["--temperature", "0.5"], "--temperature: greedy answers have none; it goes with --num_generations"),
+        (["--comet_model", "nowhere"], "--comet_model: goes with --run_comet"),
+        (["--run_comet", "--comet_model", "nowhere"], "--comet_model COMET nowhere: no such file or folder"),
+        (["--mauve_featurizer", "{base}"], "--mauve_featurizer: goes with --run_mauve"),
+        (["--run_mauve", "--mauve_featurizer", "{adapter}"], "tuned_ckpt: an adapter; MAUVE's features need a whole"),
+        (["--lexicon", "nowhere.jsonl"], "--lexicon nowhere.jsonl: no such file"),
         (["--split_seed", "3"], "--split_seed 3: .* was trained with 1; leave the flag out"),
         (["--dataset", "nothing.jsonl"], "nothing.jsonl"),
         (["--overwrite", "--output_dir", "{base}"], "--overwrite: .* is not an evaluation"),
@@ -256,7 +275,8 @@ def test_a_base_model_is_evaluated_on_rows_that_are_named(world):
 def test_what_cannot_be_compared_is_refused_before_anything_is_generated(world, finished, generated, argv, words):
     Path("broken").mkdir()
     Path("broken/results.json").write_text("{}")
-    argv = [part.format(merged=world.merged, finished=finished.output, base=world.base) for part in argv]
+    places = {"merged": world.merged, "adapter": world.adapter, "base": world.base, "finished": finished.output}
+    argv = [part.format(**places) for part in argv]
     with pytest.raises(StoneyError, match=words):
         evaluate(world.merged, *argv)
     assert generated.models == [] and not Path("out").exists()
@@ -288,8 +308,6 @@ def test_a_baseline_that_was_trained_on_the_rows_is_refused(world, tmp_path, gen
 
 
 def test_weights_that_are_not_those_of_the_stage_are_refused(world, tmp_path):
-    import shutil
-
     shutil.copytree(world.merged, tmp_path / "changed")
     tiny.model(seed=3).save_pretrained(tmp_path / "changed")
     with pytest.raises(StoneyError, match="changed: its logits differ"):
@@ -315,7 +333,7 @@ def test_a_finished_run_is_shown_again_and_loads_nothing(world, finished, genera
         ["--seed", "1"],
         ["--max_new_tokens", "7"],
         ["--num_samples", "5"],
-        ["--resamples", "1001"],
+        ["--num_generations", "2"],
         ["--split", "validation"],
         [],
     ],
@@ -521,3 +539,304 @@ def test_fixed_answers_get_the_scores_worked_out_elsewhere(world, monkeypatch):
         assert found["exact"]["value"] == pytest.approx(kinds.count(0) / len(kinds))
         assert found["form"]["value"] == pytest.approx((kinds.count(0) + kinds.count(1)) / len(kinds))
         assert found["form"]["value"] > found["exact"]["value"] > 0
+
+
+# Every metric, and more of them later.
+
+
+@pytest.fixture
+def comet_worker(tmp_path, monkeypatch):
+    """Puts a stub in the place of COMET's environment: it scores by the lengths of source, answer and reference."""
+
+    def install(fault: str = "") -> Path:
+        path = tmp_path / "comet_python"
+        path.write_text(STUB.format(python=sys.executable, start="", hello=HELLO, fault=fault))
+        path.chmod(0o755)
+        monkeypatch.setattr(comet, "PYTHON", path)
+        return path
+
+    return install
+
+
+@pytest.fixture(scope="module")
+def known(world):
+    """The lexicon of the world's language."""
+    path = world.root / "lexicon.jsonl"
+    planted.write_lexicon(path, planted.PlantedLanguage(5, 60).lexicon())
+    return path
+
+
+def test_everything_at_once(world, known, generated, comet_worker):
+    comet_worker()
+    argv = ["--baseline", "base", "--baseline", "retrieval", "--lexicon", known, "--num_samples", 16]
+    argv += ["--num_generations", 3, "--run_comet", "--run_mauve", "--validate_metrics"]
+    results, records = evaluate(world.merged, *argv)
+    assert generated.models == ["tuned_merged", "base", "base"]  # the last time for MAUVE's features
+    assert len(generated.prompts) == 2 * 16 * (1 + 3)  # greedy and sampled in one pass
+    found = results["systems"]["tuned_merged"]["groups"]
+    assert found["all"].keys() == {*suite.STRING_METRICS, "comet", "mauve", "pass@1", "pass@2", "pass@3"}
+    rows = list(records.values())
+
+    lengths = [
+        sum(w * len(normalize(row[key])) for w, key in ((1, "prompt"), (100, "prediction"), (10000, "reference")))
+        for row in rows
+        if row["seen"] is False
+    ]
+    assert found["unseen"]["comet"]["value"] == pytest.approx(sum(lengths) / len(lengths))
+    assert f"model:{HUB_ID}|sha256:{HELLO['sha256'][:16]}" in found["all"]["comet"]["signature"]
+    assert found["all"]["mauve"]["value"] is None
+    assert results["systems"]["base"]["notes"]["mauve"] == "withheld: 16 texts are too few for 50 buckets"
+
+    knowledge = Knowledge.of(lexicon.read_lexicon(known))
+    by_hand = suite.score_rows(suite.STRING_METRICS, rows, knowledge)
+    for name, score in by_hand.items():
+        assert found["all"][name]["value"] == pytest.approx(score.value), name
+        assert (found["all"][name]["n"], found["all"][name]["unscored"]) == (score.n, score.unscored), name
+    assert found["all"]["pass@2"]["value"] == pytest.approx(pass_at_k.scores(rows)["pass@2"].value)
+    assert results["systems"]["retrieval"]["groups"]["all"].keys().isdisjoint({"pass@1", "pass@2", "pass@3"})
+
+    assert results["validity"]["metrics"].keys() == {*suite.STRING_METRICS, "comet", "mauve"}
+    assert results["validity"]["metrics"]["form"]["kinds"]["letters"]["verdict"] in ("falls", "saturates")
+    for name, counted in results["errors"].items():
+        assert counted["asked"] == sum(counted["classes"].values()) + counted["hits"] == 16, name
+    assert results["unavailable"] == {}
+    page, text = (Path("out", name).read_text(encoding="utf-8") for name in ("errors.html", "summary.txt"))
+    assert all(row["id"] in page for row in rows)
+    for words in ("COMET", "MAUVE", "pass@3", "withheld: 16 texts are too few", "Gold answers broken on purpose"):
+        assert words in text
+    assert Path("out/validation.png").read_bytes().startswith(b"\x89PNG")
+    assert evaluate_model.main(["--verify", "out/results.json"]) == 0
+
+
+def test_what_is_tracked(world, known, monkeypatch):
+    from stoney_rl import tracking
+
+    sent: dict[str, list] = {}
+    for kind in ("log", "table", "image", "html", "artifact"):
+
+        def send(self, *given, kind=kind, **_):
+            sent.setdefault(kind, []).append(given)
+
+        monkeypatch.setattr(tracking.Tracker, kind, send)
+    _, records = evaluate(world.merged, "--baseline", "retrieval", "--lexicon", known, "--num_samples", 8)
+    numbers = {key for (metrics,) in sent["log"] for key in metrics}
+    assert {"tuned_merged/unseen/chrf", "retrieval/all/hallucinated_form_rate"} <= numbers
+    tables = {key: (columns, list(lines)) for key, columns, lines in sent["table"]}
+    columns, lines = tables.pop("predictions")
+    assert columns == ["id", "seen", "prompt", "reference", "tuned_merged", "retrieval"]
+    assert {line[0]: line[4] for line in lines} == {i: row["prediction"] for i, row in records.items()}
+    assert tables.keys() == {"errors/tuned_merged", "errors/retrieval"}
+    assert [key for key, _ in sent["image"]] == ["comparison", "results"]
+    assert [key for key, _ in sent["html"]] == ["errors"] and sent["artifact"][0][:2] == ("out", "evaluation")
+
+
+@pytest.mark.parametrize("fault", ["missing", "os.kill(os.getpid(), signal.SIGKILL)", "time.sleep(60)"])
+def test_without_comet_the_other_metrics_come_out(world, finished, generated, comet_worker, monkeypatch, capsys, fault):
+    comet_worker(fault)
+    if fault == "missing":
+        monkeypatch.setattr(comet, "PYTHON", Path("nowhere/python"))
+    shutil.copytree(finished.output, "out")
+    argv = ["--baseline", "base", "--baseline", "retrieval"]
+    asked = [*argv, "--run_comet", "--comet_timeout", 1]
+    results, _ = evaluate(world.merged, *asked)
+    words = {"missing": "its environment is missing", "time.sleep(60)": "no answer for 1 s"}.get(fault, "was killed")
+    assert words in results["unavailable"]["comet"]
+    assert scores_of(results) == scores_of(finished.results)
+    summary = Path("out/summary.txt").read_text(encoding="utf-8")
+    assert "COMET is not in these numbers" in summary and words in " ".join(summary.split())
+    assert "the other metrics" in capsys.readouterr().out
+
+    comet_worker()  # once it works, the same command adds it
+    again, _ = evaluate(world.merged, *asked)
+    assert again["unavailable"] == {} and again["systems"]["base"]["groups"]["unseen"]["comet"]["n"] > 0
+    assert generated.models == generated.prompts == []
+
+
+def test_what_failed_may_be_left_out_later(world, monkeypatch, generated):
+    monkeypatch.setattr(comet, "PYTHON", Path("nowhere/python"))
+    failed, _ = evaluate(world.merged, "--num_samples", 4, "--run_comet")
+    without, _ = evaluate(world.merged, "--num_samples", 4)
+    assert failed["unavailable"].keys() == {"comet"} and without["unavailable"] == {}
+    assert len(generated.prompts) == 4
+
+
+def test_more_metrics_later_generate_nothing_again(world, finished, known, generated):
+    shutil.copytree(finished.output, "out")
+    argv = ["--baseline", "base", "--baseline", "retrieval"]
+    results, records = evaluate(world.merged, *argv, "--run_mauve", "--resamples", 200, "--lexicon", known)
+    assert generated.prompts == [] and generated.models == ["base"]  # for MAUVE's features
+    assert records == finished.records and results["seconds"] == finished.results["seconds"]
+    found, before = (one["systems"]["base"]["groups"]["all"] for one in (results, finished.results))
+    assert "mauve" in found and found["chrf"]["value"] == before["chrf"]["value"]
+    assert before["morphology_error_rate"]["n"] == 0 < found["morphology_error_rate"]["n"]  # the lexicon segments
+    assert results["systems"]["base"]["resamples"] == 200
+    generated.models.clear()
+    with pytest.raises(StoneyError, match="out: was scored with --run_mauve; give that again to keep it, or"):
+        evaluate(world.merged, *argv)
+    assert generated.models == [] and read("out") == (results, records)
+
+
+def test_where_the_lexicon_comes_from(world, known, capsys):
+    evaluate(world.merged, "--num_samples", 4)
+    said = capsys.readouterr().out
+    n = len(world.prepared.split.train)
+    assert re.search(rf"lexicon: \d+ forms that the {n} training rows mention; --lexicon gives a better one", said)
+    evaluate(world.merged, "--num_samples", 4, "--lexicon", known, output="other")
+    assert f"lexicon: {known}, " in capsys.readouterr().out
+    assert lexicon.read_lexicon("other/lexicon.jsonl") == lexicon.read_lexicon(known)
+
+
+def test_a_grpo_checkpoint_beside_its_parents(world, generated, capsys):
+    shutil.copytree(world.merged, "grpo")
+    stage = checkpoints.read_stage(world.merged) | {"stage": "grpo", "base_model": str(world.merged)}
+    write_stage(Path("grpo"), stage | {"parent": {"path": str(world.merged)}})
+    argv = ["--num_samples", 400, "--baseline", world.base, "--baseline", "base", "--run_mauve"]
+    results, _ = evaluate("grpo", *argv)
+    assert results["comparison"]["systems"] == ["base", "tuned_merged", "grpo"]
+    assert generated.models == ["grpo", "base", "tuned_merged", "base"]
+    assert results["training_rows_scored"] == 0 and results["n"] == len(world.prepared.split.test)
+    assert f"--run_mauve: features of {world.base}" in capsys.readouterr().out
+
+
+# Several samples a prompt.
+
+
+@pytest.fixture(scope="module")
+def sampled(world, tmp_path_factory):
+    output = tmp_path_factory.mktemp("sampled") / "out"
+    return evaluate(world.merged, "--num_samples", 6, "--num_generations", 3, output=output)[1]
+
+
+def test_samples_change_no_greedy_answer_and_depend_on_no_batch(world, finished, sampled):
+    for row_id, row in sampled.items():
+        assert {key: value for key, value in row.items() if key != "samples"} == finished.records[row_id]
+        assert row["samples"]["temperature"] == 0.8 and len(row["samples"]["texts"]) == 3
+    drawn = [text for row in sampled.values() for text in row["samples"]["texts"]]
+    assert len(set(drawn)) > 12
+    _, other = evaluate(world.merged, "--num_samples", 6, "--num_generations", 3, "--batch_size", 7)
+    assert other == sampled
+    _, cold = evaluate(world.merged, "--num_samples", 6, "--num_generations", 3, "--temperature", 1e-6, output="cold")
+    assert all(text == row["prediction"] for row in cold.values() for text in row["samples"]["texts"])
+
+
+def test_an_interrupted_run_of_samples_continues(world, sampled, monkeypatch):
+    argv = ["--num_samples", 6, "--num_generations", 3, "--batch_size", 5]
+    with monkeypatch.context() as patch, pytest.raises(Stop):
+        stop_after(patch, 2)
+        evaluate(world.merged, *argv)
+    assert 0 < len(predictions.read(Path("out.partial/predictions.jsonl"))) < 6
+    assert evaluate(world.merged, *argv)[1] == sampled
+
+
+def test_every_sample_has_a_seed_of_its_own():
+    seeds = [predictions._sample_seed(seed, row, n) for seed in (0, 1) for row in ("a", "b") for n in (0, 1, 2)]
+    assert seeds[::3] == [None] * 4 and len({*seeds} - {None}) == 8
+
+
+def test_samples_are_drawn_from_the_softmax():
+    import torch
+
+    logits = torch.tensor([2.0, 1.0, 0.0, -1.0])
+    lines = logits.repeat(20_001, 1)
+    noise = generation._GumbelNoise([*range(20_000), None], temperature=0.7)
+    drawn = noise(None, lines)
+    shares = torch.bincount(drawn[:-1].argmax(dim=1), minlength=4) / 20_000
+    assert shares.tolist() == pytest.approx(torch.softmax(logits / 0.7, dim=0).tolist(), abs=0.012)
+    assert torch.equal(drawn[-1], logits) and torch.equal(lines[0], logits)  # greedy lines as they were
+
+
+# The same numbers again.
+
+
+@pytest.fixture
+def copied(finished):
+    shutil.copytree(finished.output, "out")
+    return Path("out")
+
+
+def verify(capsys, output="out"):
+    capsys.readouterr()
+    code = evaluate_model.main(["--verify", str(Path(output) / "results.json")])
+    return code, capsys.readouterr().out
+
+
+def test_verify_makes_the_same_numbers_and_answers(copied, generated, capsys):
+    before = {path: path.read_bytes() for path in copied.rglob("*") if path.is_file()}
+    code, said = verify(capsys)
+    assert code == 0 and "out/results.json: equal" in said and "not checked" not in said
+    assert generated.models == ["tuned_merged", "base"]
+    assert {path: path.read_bytes() for path in copied.rglob("*") if path.is_file()} == before
+
+
+def tamper(path, change):
+    content = json.loads(path.read_text(encoding="utf-8"))
+    change(content)
+    checkpoints.write_json(path, content)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (
+            lambda r: r["systems"]["base"]["groups"]["seen"]["chrf"].update(value=0.123),
+            "systems.base.groups.seen.chrf.value: recorded 0.123, now",
+        ),
+        (
+            lambda r: r["comparison"]["differences"][3].update(p_holm=0.01),
+            "comparison.differences[3].p_holm: recorded 0.01",
+        ),
+        (lambda r: r["errors"]["retrieval"].update(misses=0), "errors.retrieval.misses: recorded 0, now"),
+        (lambda r: r["systems"].pop("retrieval"), "systems.retrieval: recorded null"),
+    ],
+)
+def test_verify_finds_a_changed_number(copied, capsys, change, words):
+    tamper(copied / "results.json", change)
+    code, said = verify(capsys)
+    assert code == 1 and f"✗ {words}" in said and "differences: 1 (" in said
+
+
+def test_verify_finds_a_changed_answer(copied, capsys):
+    path = copied / "baselines/base/predictions.jsonl"
+    rows = list(predictions.read(path).values())
+    rows[0]["prediction"] = rows[0]["reference"]
+    predictions.write(path, rows)
+    code, said = verify(capsys)
+    assert code == 1
+    assert "✗ baselines/base/predictions.jsonl: not the file that was scored" in said
+    assert "✗ systems.base.groups.all.chrf.value: recorded" in said
+    n = len(rows)
+    assert f"base: 1 of {n} rows are answered otherwise now, such as {rows[0]['id']}" in " ".join(said.split())
+
+
+def test_verify_finds_another_model_behind_the_same_record(copied, world, capsys, monkeypatch):
+    fixed_answers(monkeypatch, {row.question: "liẖtâlo" for row in world.rows})
+    code, said = verify(capsys)
+    assert code == 1 and re.search(r"✗ tuned_merged: (\d+) of \1 rows are answered otherwise now", said)
+
+
+def test_verify_says_what_it_can_not_check(copied, capsys, generated):
+    tamper(copied / "results.json", lambda r: r["arguments"].update(model_path="gone", dataset="gone.jsonl"))
+    code, said = verify(capsys)
+    assert code == 0 and "not checked: whether the systems answer so again: the rows can't be read" in said
+    assert generated.models == []
+
+
+def test_verify_of_a_checkpoint_that_was_trained_again(copied, capsys, generated):
+    tamper(copied / "results.json", lambda r: r["identity"]["systems"]["base"].update(fingerprint="0" * 64))
+    code, said = verify(capsys)
+    assert code == 0 and re.search(r"not checked: whether base answers so again: .*another checkpoint", said)
+    assert generated.models == ["tuned_merged"]
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", None])
+def test_verify_refuses_what_is_no_evaluation(content):
+    if content is not None:
+        Path("results.json").write_text(content)
+    with pytest.raises(StoneyError, match=r"--verify results.json: (not readable|no results.json of an evaluation)"):
+        evaluate_model.main(["--verify", "results.json"])
+
+
+def test_verify_without_predictions(copied):
+    (copied / "predictions.jsonl").unlink()
+    with pytest.raises(StoneyError, match="predictions.jsonl is missing beside it"):
+        evaluate_model.main(["--verify", str(copied / "results.json")])

@@ -1,5 +1,6 @@
-"""chrF++, exact match, form accuracy, the retrieval baseline and the report. Words like liẖtâlo are invented."""
+"""chrF++, exact match, form accuracy, pass@k, the retrieval baseline and the report. Words like liẖtâlo are invented."""
 
+import itertools
 import json
 import random
 import subprocess
@@ -10,7 +11,10 @@ import pytest
 
 from stoney_rl import terminal
 from stoney_rl.errors import StoneyError
-from stoney_rl.metrics import chrf, exact, forms, report, retrieval
+from stoney_rl.metrics import chrf, comparison, exact, forms, measure, pass_at_k, report, retrieval, suite
+from stoney_rl.metrics.score import Score, row_mean
+
+METRICS = {name: suite.STRING_METRICS[name] for name in report.HEADLINE}
 
 # (hypothesis, reference, chrF++): worked out by hand with the formula of Popović 2017, beta = 2, effective order.
 BY_HAND = [
@@ -225,9 +229,15 @@ def prediction_rows(n=48, right=lambda index: False, seen=lambda index: index % 
     return rows
 
 
+def score(rows, *, seed=0, resamples=200, **more):
+    """The scores of rows by the three headline metrics, and by ``more``: name -> Score."""
+    scores = suite.score_rows(METRICS, rows) if rows else {}
+    return comparison.score(comparison.table("tuned", rows, scores | more), seed=seed, resamples=resamples)
+
+
 def test_score_groups_values_and_signatures():
     rows = prediction_rows(48, right=lambda index: index % 2 == 0)
-    results = report.score(rows, seed=3, resamples=500)
+    results = score(rows, seed=3, resamples=500)
     assert results["group_sizes"] == {"all": 48, "seen": 24, "unseen": 24}
     values = {group: {m: e["value"] for m, e in table.items()} for group, table in results["groups"].items()}
     assert values["seen"] == {"chrf": 100.0, "exact": 1.0, "form": 1.0}
@@ -246,8 +256,7 @@ def test_score_groups_values_and_signatures():
     for metric, entry in results["groups"]["all"].items():
         assert entry["signature"].endswith("by:lexeme|bs:500|seed:3"), metric
         assert entry["low"] <= entry["value"] <= entry["high"]
-    assert results["suspicious"] is False
-    assert results == report.score(rows, seed=3, resamples=500)
+    assert results == score(rows, seed=3, resamples=500)
     assert json.loads(json.dumps(results)) == results
 
 
@@ -258,22 +267,36 @@ def test_score_counts_what_it_cannot_score():
     rows[2]["forms"] = []
     rows[3]["prediction"] = ""
     rows[4]["seen"] = None
-    table = report.score(rows, seed=0, resamples=200)["groups"]
+    table = score(rows)["groups"]
     counted = {metric: (entry["n"], entry["unscored"]) for metric, entry in table["all"].items()}
     assert counted == {"chrf": (18, 2), "exact": (18, 2), "form": (17, 3)}
     assert table["all"]["exact"]["value"] == pytest.approx(17 / 18), "an empty answer is a wrong answer"
     assert table["seen"]["exact"]["n"] + table["unseen"]["exact"]["n"] == 17
-    by_row = report.score_rows(rows)
-    assert by_row[0] == {"id": "r0", "chrf": None, "exact": None, "form": None}
-    assert by_row[2] == {"id": "r2", "chrf": 100.0, "exact": 1.0, "form": None}
-    assert by_row[3] == {"id": "r3", "chrf": 0.0, "exact": 0.0, "form": 0.0}
+
+
+def test_a_metric_of_the_whole_set_has_a_spread_and_no_groups():
+    rows = prediction_rows(8)
+    mauve = Score(0.9, (), 8, 0, "MAUVE|seeds:5", "biased: too few", (0.85, 0.93))
+    results = score(rows, mauve=mauve)
+    entry = results["groups"]["all"]["mauve"]
+    assert (entry["value"], entry["spread"], entry["low"], entry["signature"]) == (
+        0.9,
+        [0.85, 0.93],
+        None,
+        "MAUVE|seeds:5",
+    )
+    assert not {"mauve"} & {*results["groups"]["seen"], *results["groups"]["unseen"]}
+    table = report.metric_table({"base": results, "tuned": results}, width=200)
+    assert "MAUVE          all     8  0        0.90 {0.85, 0.93}" in table
+    assert "MAUVE, base, tuned: biased: too few." in table, "a note that all share is told once"
+    assert "{a, b}: the least and the greatest value over the metric's own seeds" in table
 
 
 def test_score_with_nothing_to_score_says_none():
     rows = [row | {"prediction": None} for row in prediction_rows(4)]
-    entry = report.score(rows, seed=0, resamples=200)["groups"]["all"]["chrf"]
+    entry = score(rows)["groups"]["all"]["chrf"]
     assert (entry["value"], entry["low"], entry["n"], entry["unscored"]) == (None, None, 0, 4)
-    only_seen = report.score(prediction_rows(4, seen=lambda index: True), seed=0, resamples=200)
+    only_seen = score(prediction_rows(4, seen=lambda index: True))
     assert only_seen["groups"]["unseen"]["exact"]["value"] is None
 
 
@@ -287,14 +310,15 @@ def test_score_with_nothing_to_score_says_none():
         (lambda rows: rows[1].update(seen="no"), "seen: expected true, false or null, got 'no'"),
         (lambda rows: rows[1].update(forms="tâlo"), "forms: expected a list of forms or None, got str"),
         (lambda rows: rows[1].update(lexemes="tâlo"), "lexemes: expected a list of strings"),
-        (lambda rows: rows.clear(), "expected a list of rows with at least one row"),
+        (lambda rows: rows.clear(), "'tuned' has no rows"),
     ],
 )
 def test_score_refuses(change, words):
     rows = prediction_rows(4)
+    scores = suite.score_rows(METRICS, rows)
     change(rows)
     with pytest.raises(StoneyError) as error:
-        report.score(rows, seed=0, resamples=200)
+        comparison.table("tuned", rows, scores)
     assert words in str(error.value)
 
 
@@ -305,70 +329,18 @@ def test_lexeme_clusters_join_through_shared_forms():
     assert labels == [0, 0, 2, 0, 0, 5, 6, 7]
 
 
-def test_compare_and_verdict_better_worse_and_unclear():
-    base = prediction_rows(96)
-    tuned = prediction_rows(96, right=lambda index: index % 3 != 0)
-    better = report.compare(base, list(reversed(tuned)), seed=0, resamples=1000)
-    entry = better["groups"]["unseen"]["form"]
-    assert entry["difference"] == pytest.approx(32 / 48)
-    assert 0.45 < entry["low"] < entry["difference"] < entry["high"] < 0.85
-    assert entry["conclusive"] is True
-    assert entry["p"] <= 2 * 2 / 1001
-    chrf_entry = better["groups"]["unseen"]["chrf"]
-    unseen = [[row for row in rows if row["seen"] is False] for rows in (base, tuned)]
-    expected = [sacrebleu_score([r["prediction"] for r in rows], [r["reference"] for r in rows]) for rows in unseen]
-    assert chrf_entry["difference"] == expected[1] - expected[0]
-    sentence = report.verdict(better)
-    assert sentence.startswith("On lexemes never trained on, tuned is better than base by ")
-    assert f"{chrf_entry['difference']:.1f} chrF++ points (95% interval {chrf_entry['low']:.1f} to " in sentence
-    assert sentence.endswith("n = 48): the difference is not chance.")
+def test_examples_refuse_other_rows():
+    def examples(tuned):
+        return report.examples_table({"base": prediction_rows(6), "tuned": tuned}, width=80)
 
-    worse = report.compare(tuned, base, seed=0, resamples=1000)
-    mirrored = worse["groups"]["unseen"]["form"]
-    assert (mirrored["difference"], mirrored["low"], mirrored["high"]) == pytest.approx(
-        (-entry["difference"], -entry["high"], -entry["low"])
-    )
-    low, high = -mirrored["high"], -mirrored["low"]
-    assert (
-        f"tuned is worse than base by 0.67 in form accuracy (95% interval {low:.2f} to {high:.2f}, n = 48)"
-        in report.verdict(worse, metric="form")
-    )
-    assert "n = 96 in 48 lexeme groups" in report.verdict(worse, group="all", metric="form")
-
-    same = report.compare(base, base, seed=0, resamples=1000)["groups"]["all"]
-    for entry in same.values():
-        assert (entry["difference"], entry["p"], entry["conclusive"]) == (0.0, 1.0, False)
-        assert entry["low"] < 0 < entry["high"]
-    once = prediction_rows(96, right=lambda index: index == 1)
-    unclear = report.verdict(report.compare(base, once, seed=0, resamples=1000), metric="exact")
-    assert "differs from base by +0.02 in exact match" in unclear
-    assert "it may be chance" in unclear
-    assert "not chance" not in unclear
-
-
-def test_verdict_for_too_few_and_for_none():
-    few_base, few_tuned = prediction_rows(16), prediction_rows(16, right=lambda index: True)
-    few = report.compare(few_base, few_tuned, seed=0, resamples=1000)
-    assert few["groups"]["unseen"]["exact"]["low"] > 0
-    assert "rests on 8 independent lexeme groups and at least 10 are needed: inconclusive" in report.verdict(
-        few, metric="exact"
-    )
-    three = [prediction_rows(8, right=lambda index, k=k: index == k) for k in (1, 3)]
-    assert "too few rows" in report.verdict(report.compare(*three, seed=0, resamples=1000), metric="exact")
-    seen_only = [prediction_rows(20, seen=lambda index: True) for _ in range(2)]
-    assert "no row could be scored" in report.verdict(report.compare(*seen_only, seed=0, resamples=200))
-
-
-def test_compare_refuses_other_rows():
-    base = prediction_rows(6)
     with pytest.raises(StoneyError, match=r"1 rows of 'base' have no prediction of 'tuned' \(first id: 'r5'\)"):
-        report.compare(base, prediction_rows(5), seed=0)
+        examples(prediction_rows(5))
     with pytest.raises(StoneyError, match="1 rows of 'tuned' have no prediction of 'base'"):
-        report.compare(prediction_rows(5), base, seed=0)
+        examples([*prediction_rows(6), prediction_rows(7)[6]])
     other = prediction_rows(6)
     other[2]["reference"] = "You say mîva."
     with pytest.raises(StoneyError, match="row 'r2': reference differs"):
-        report.compare(base, other, seed=0)
+        examples(other)
 
 
 def three_systems(n=48):
@@ -377,24 +349,20 @@ def three_systems(n=48):
         "tuned": prediction_rows(n, right=lambda index: index % 3 != 0),
         "retrieval": prediction_rows(n, right=lambda index: index % 4 == 0),
     }
-    return systems, {name: report.score(rows, seed=0, resamples=300) for name, rows in systems.items()}
+    return systems, {name: score(rows, resamples=300) for name, rows in systems.items()}
 
 
 @pytest.mark.parametrize("width", [78, 106, 150])
 def test_metric_table(width):
-    systems, results = three_systems()
-    comparison = report.compare(systems["base"], systems["tuned"], seed=0, resamples=300)
-    table = report.metric_table(results, comparisons=[comparison], width=width)
+    _, results = three_systems()
+    table = report.metric_table(results, width=width)
     lines = table.splitlines()
     header = lines[0].split()
-    assert header[:7] == ["metric", "rows", "n", "lexemes", "base", "tuned", "retrieval"]
-    assert header[7:] == ([] if width == 78 else ["tuned", "−", "base"])
-    assert table.count("tuned − base") == 1
+    assert header == ["metric", "rows", "n", "lexemes", "base", "tuned", "retrieval"]
     entry = results["tuned"]["groups"]["unseen"]["form"]
     interval = f"[{entry['low']:.2f}, {entry['high']:.2f}]"
-    assert (f"{entry['value']:.2f} {interval}" in table) == (width == 150)
+    assert (f"{entry['value']:.2f} {interval}" in table) == (width > 78)
     assert interval in table
-    assert "*" in table
     assert "another training seed is not covered" in " ".join(table.split())
     assert all(terminal.display_width(line) <= width or "|" in line for line in lines)
     assert lines[-3:] == [entry["signature"] for entry in results["base"]["groups"]["all"].values()]
@@ -403,10 +371,11 @@ def test_metric_table(width):
 def test_metric_table_reports_unscored_suspicious_and_other_rows():
     rows = prediction_rows(20, right=lambda index: True)
     rows[0]["prediction"] = None
-    table = report.metric_table({"tuned": report.score(rows, seed=0, resamples=200)}, width=120)
-    assert "tuned: 1 of 20 rows unscored for chrF++." in table
+    rows[1]["forms"] = None
+    table = report.metric_table({"tuned": score(rows)}, width=120)
+    assert "tuned: rows without a score, of 20: chrF++ 1, exact match 1, form accuracy 2." in table
     assert "were the references passed as predictions?" in table
-    results = {str(n): report.score(prediction_rows(n), seed=0, resamples=200) for n in (4, 6)}
+    results = {str(n): score(prediction_rows(n)) for n in (4, 6)}
     with pytest.raises(StoneyError, match="scored on other rows"):
         report.metric_table(results)
 
@@ -433,10 +402,101 @@ def test_examples_table_marks_wraps_and_is_not_picked_by_score():
 
 
 def test_marks():
-    marked = {"exact": 1.0, "form": 0.0}, {"exact": 0.0, "form": 1.0}, {"exact": 0.0, "form": 0.5}
-    assert [report._mark(values) for values in marked] == ["✗", "✓", "~"]
-    assert report._mark({"exact": 1.0, "form": None}) == "✓"
-    assert report._mark({"exact": None, "form": None}) == "?"
+    assert [report._mark(*pair) for pair in [(1.0, 0.0), (0.0, 1.0), (0.0, 0.5)]] == ["✗", "✓", "~"]
+    assert report._mark(1.0, None) == "✓"
+    assert report._mark(None, None) == "?"
+
+
+# pass@k.
+
+
+@pytest.mark.parametrize("n", [1, 2, 5, 7])
+def test_pass_at_k_is_the_share_of_all_draws_with_a_right_one(n):
+    for right, k in itertools.product(range(n + 1), range(1, n + 1)):
+        samples = [1] * right + [0] * (n - right)
+        draws = list(itertools.combinations(samples, k))
+        assert pass_at_k.pass_at_k(n, right, k) == pytest.approx(sum(map(max, draws)) / len(draws))
+
+
+def test_pass_at_k_is_unbiased():
+    """Ten samples, each right with probability 0.3: on average the estimate is the chance that one of four is."""
+    rng = random.Random(0)
+    counts = [sum(rng.random() < 0.3 for _ in range(10)) for _ in range(20_000)]
+    mean = sum(pass_at_k.pass_at_k(10, right, 4) for right in counts) / len(counts)
+    assert mean == pytest.approx(1 - 0.7**4, abs=0.005)
+    plain = sum(1 - (1 - right / 10) ** 4 for right in counts) / len(counts)
+    assert plain < mean - 0.02, "the plain plug-in estimate is too low"
+
+
+def test_pass_at_k_of_rows():
+    rows = prediction_rows(4)
+    for row, right in zip(rows, (0, 1, 3, 3), strict=True):
+        texts = [row["reference"] if number < right else "You say liẖ." for number in range(3)]
+        row["samples"] = {"temperature": 0.8, "texts": texts}
+    rows[3]["forms"] = None
+    scores = pass_at_k.scores(rows)
+    assert list(scores) == ["pass@1", "pass@2", "pass@3"]
+    assert scores["pass@1"].rows == (0.0, pytest.approx(1 / 3), 1.0, None)
+    assert scores["pass@2"].rows == (0.0, pytest.approx(2 / 3), 1.0, None)
+    assert (scores["pass@3"].value, scores["pass@3"].n, scores["pass@3"].unscored) == (pytest.approx(2 / 3), 3, 1)
+    assert scores["pass@2"].signature.startswith("pass@2|samples:3|temperature:0.8|right:all-forms|")
+    rows[2]["forms"] = [*rows[2]["forms"], "mîva"]
+    assert pass_at_k.scores(rows)["pass@1"].rows[2] == 0, "right is every asked form"
+    assert pass_at_k.scores(prediction_rows(4)) == {}
+    rows[0]["samples"]["texts"].append("liẖ")
+    with pytest.raises(StoneyError, match="different samples"):
+        pass_at_k.scores(rows)
+    with pytest.raises(StoneyError, match="pass@4: expected 1 to 3 of the 3 samples"):
+        pass_at_k.pass_at_k(3, 1, 4)
+
+
+# The same numbers again.
+
+
+def test_differences_name_the_place_and_pass_over_rounding_and_time():
+    recorded = {"a": [1.0, {"b": 2, "c": None}], "seconds_per_1000": 5, "n": 3, "d": True}
+    assert measure.differences(recorded, {"a": (1.0 + 1e-9, {"b": 2, "c": None}), "n": 3, "d": True}) == []
+    changed = {"a": [1.0, {"b": 2.1, "c": 0.0}], "n": 3, "d": 1.5}
+    assert measure.differences(recorded, changed) == [
+        "a[1].b: recorded 2, now 2.1",
+        "a[1].c: recorded null, now 0.0",
+        "d: recorded true, now 1.5",
+    ]
+    assert measure.differences({"a": [1]}, {"a": [1, 2]}) == ["a: recorded [1], now [1, 2]"]
+    assert measure.differences({"a": 1}, {"b": 1}) == ["a: recorded 1, now null", "b: recorded null, now 1"]
+
+
+def test_a_metric_whose_model_fails_is_left_out_of_every_system(capsys):
+    rows = prediction_rows(24)
+
+    class Failing:
+        def __init__(self, calls):
+            self.left = calls
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+        def __call__(self, predictions, gold):
+            self.left -= 1
+            if self.left < 0:
+                raise StoneyError("COMET m: the worker was killed (SIGKILL)")
+            return row_mean([1.0] * len(predictions), "comet")
+
+    def numbers(calls):
+        options = {"seed": 0, "resamples": 200, "validate": False}
+        return measure.measure({"b": rows, "a": rows}, [], {"comet": lambda: Failing(calls)}, **options)[0]
+
+    whole, failed = numbers(2), numbers(1)
+    assert whole["unavailable"] == {} and "comet" in whole["systems"]["a"]["groups"]["unseen"]
+    assert failed["unavailable"] == {"comet": "COMET m: the worker was killed (SIGKILL)"}
+    assert "the worker was killed" in capsys.readouterr().out
+    for system in ("a", "b"):
+        del whole["systems"][system]["groups"]["all"]["comet"]
+        assert failed["systems"][system]["groups"]["all"] == whole["systems"][system]["groups"]["all"]
+    assert failed["comparison"]["systems"] == ["a", "b"] and failed["errors"] == {}
 
 
 def test_wrap_counts_columns_not_code_points():
@@ -456,7 +516,7 @@ def test_plot_is_whole_or_absent(tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["scores.png"]
     with pytest.raises(StoneyError, match="can't write"):
         report.plot(results, tmp_path / "nowhere" / "scores.png")
-    unscored = report.score([row | {"prediction": None} for row in prediction_rows(4)], seed=0, resamples=200)
+    unscored = score([row | {"prediction": None} for row in prediction_rows(4)])
     assert report.plot({"tuned": unscored}, tmp_path / "none.png").exists()
 
 

@@ -34,7 +34,6 @@ if TYPE_CHECKING:
 
 ALPHA = 0.05
 GROUPS = {"unseen": "unseen words", "seen": "seen words", "all": "all rows"}
-NAMES = report.METRIC_NAMES | {"bleu": "BLEU", "comet": "COMET"}
 PANELS = 4  # of a plot, side by side
 COUNTED = {"chrf": chrf, "bleu": bleu}  # scores of summed counts
 
@@ -55,7 +54,10 @@ class Column:
 
 @dataclass(frozen=True)
 class Table:
-    """The scores of one system row by row, all columns in the order of ``ids``; made by ``table``."""
+    """The scores of one system row by row, all columns in the order of ``ids``; made by ``table``.
+
+    scores: those of all metrics, also of the ones that have no column.
+    """
 
     name: str
     ids: Sequence[Hashable]
@@ -63,16 +65,18 @@ class Table:
     clusters: Sequence[int]
     rows_sha256: str
     columns: dict[str, Column]
+    scores: Mapping[str, "Score"]
 
 
 def table(name: str, rows: Sequence[dict], scores: Mapping[str, "Score"]) -> Table:
     """The table of a system from its prediction rows (``predictions.record``) and their scores (``suite.score_rows``).
 
     A metric of the set as a whole (MAUVE) has no row values and no column: no test on rows can compare it. Raises
-    ``StoneyError`` if there is no row, or if a score has not one value for each.
+    ``StoneyError`` if there is no row, for rows that ``report.check_rows`` refuses, or if a score has not one value for each.
     """
     if not rows:
         raise StoneyError(f"comparison: {name!r} has no rows; check that the split is not empty")
+    report.check_rows(rows)
     columns = {}
     for metric, score in scores.items():
         if not score.rows:
@@ -91,7 +95,36 @@ def table(name: str, rows: Sequence[dict], scores: Mapping[str, "Score"]) -> Tab
         report.lexeme_clusters([row.get("lexemes") for row in rows]),
         report.rows_sha256(rows),
         columns,
+        scores,
     )
+
+
+def score(one: Table, *, seed: int, resamples: int = intervals.RESAMPLES) -> dict:
+    """The scores of one system with intervals, for all rows and for the seen and unseen ones apart.
+
+    Returns {"n", "seed", "resamples", "confidence", "rows_sha256", "group_sizes": {group: rows}, "notes": {metric: what to
+    know before reading it}, "groups": {group: {metric: {"value", "low", "high", "n", "unscored", "units", "scale",
+    "signature"}}}}. A metric of the set as a whole stands under "all" alone, with the "spread" over its own seeds in place
+    of an interval. value is None where no row can be scored.
+    """
+    drawn = {"seed": seed, "resamples": resamples}
+    groups = {group: {metric: _entry(one, group, metric, **drawn) for metric in one.columns} for group in report.GROUPS}
+    for metric, found in one.scores.items():
+        if metric not in one.columns:
+            groups["all"][metric] = {
+                **{key: getattr(found, key) for key in ("value", "n", "unscored")},
+                **{"low": None, "high": None, "units": 0, "spread": found.spread and list(found.spread)},
+                **{"scale": list(found.scale), "signature": found.signature},
+            }
+    return {
+        "n": len(one.ids),
+        **drawn,
+        "confidence": intervals.CONFIDENCE,
+        "rows_sha256": one.rows_sha256,
+        "group_sizes": {group: len(_members(one, group)) for group in report.GROUPS},
+        "notes": {metric: found.note for metric, found in one.scores.items() if found.note},
+        "groups": groups,
+    }
 
 
 def compare(
@@ -151,16 +184,23 @@ def as_text(compared: dict, *, width: int | None = None) -> str:
 
     ``width``: of the sentences, by default the terminal's; the tables are as wide as they are.
     """
-    width = width or shutil.get_terminal_size((100, 24)).columns
-    sentences, notes = (
-        [part for line in lines for part in terminal.wrap(line, width, "  ")]
-        for lines in (_verdicts(compared), _notes(compared))
-    )
+    scores = "\n".join(_score_lines(compared))
+    return "\n\n".join([verdicts(compared, width=width), scores, difference_table(compared, width=width)])
+
+
+def verdicts(compared: dict, *, about: str | None = None, width: int | None = None) -> str:
+    """A sentence for each pair and group: by which metrics one system is better, and how sure that is.
+
+    ``about``: only for the pairs that this system is one of.
+    """
+    return "\n".join(_wrapped(_verdicts(compared, about), width))
+
+
+def difference_table(compared: dict, *, width: int | None = None) -> str:
+    """The table of differences, and what its columns mean."""
     # Signatures stay on one line each: they are copied, not read.
-    signatures = compared["signatures"].values()
-    return "\n".join(
-        [*sentences, "", *_score_lines(compared), "", *_difference_lines(compared), "", *notes, *signatures]
-    )
+    notes = [*_wrapped(_notes(compared), width), *compared["signatures"].values()]
+    return "\n".join([*_difference_lines(compared), "", *notes])
 
 
 def plot(compared: dict, path: str | Path, *, title: str) -> Path:
@@ -282,21 +322,26 @@ def _bounds(column: Column, *statistics) -> tuple[float, float] | None:
     return (low, high) if all(low <= value <= high for value in values) else None
 
 
-def _score(one: Table, group: str, metric: str, *, seed: int, resamples: int) -> dict:
+def _entry(one: Table, group: str, metric: str, *, seed: int, resamples: int) -> dict:
     column = one.columns[metric]
     (statistics, _), clusters = _paired(one, one, group, metric)
     found = intervals.statistic_interval(
         statistics, column.score, seed=seed, resamples=resamples, clusters=clusters, bounds=_bounds(column, statistics)
     )
     return {
-        "group": group,
-        "metric": metric,
-        "system": one.name,
         **{key: getattr(found, key) if found else None for key in ("value", "low", "high")},
         "n": len(statistics),
         "unscored": len(_members(one, group)) - len(statistics),
         "units": found.units if found else 0,
+        "scale": list(column.scale),
+        "signature": f"{column.signature}|ci:bootstrap-expanded-percentile|by:lexeme|bs:{resamples}|seed:{seed}",
     }
+
+
+def _score(one: Table, group: str, metric: str, *, seed: int, resamples: int) -> dict:
+    entry = _entry(one, group, metric, seed=seed, resamples=resamples)
+    kept = {key: entry[key] for key in ("value", "low", "high", "n", "unscored", "units")}
+    return {"group": group, "metric": metric, "system": one.name, **kept}
 
 
 def _difference(a: Table, b: Table, group: str, metric: str, *, seed: int, resamples: int, trials: int) -> dict:
@@ -349,11 +394,17 @@ def _sign(column: Column) -> int:
     return 1 if column.scale[1] > column.scale[0] else -1
 
 
-def _verdicts(compared: dict) -> list[str]:
+def _wrapped(lines: Sequence[str], width: int | None) -> list[str]:
+    width = width or shutil.get_terminal_size((100, 24)).columns
+    return [part for line in lines for part in terminal.wrap(line, width, "  ")]
+
+
+def _verdicts(compared: dict, about: str | None) -> list[str]:
     """For each pair and group one sentence: by which metrics b is better or worse than a, and how sure that is."""
     by_pair: dict[tuple, list[dict]] = {}
     for one in compared["differences"]:
-        by_pair.setdefault((one["group"], one["a"], one["b"]), []).append(one)
+        if about in (None, one["a"], one["b"]):
+            by_pair.setdefault((one["group"], one["a"], one["b"]), []).append(one)
     return [
         f"{GROUPS[group].capitalize()}: {_verdict(compared, a, b, found)}" for (group, a, b), found in by_pair.items()
     ]
@@ -431,8 +482,7 @@ def _difference_lines(compared: dict) -> list[str]:
 
 
 def _name(compared: dict, metric: str) -> str:
-    worst, best = compared["scales"][metric]
-    return NAMES.get(metric, metric.replace("_", " ")) + ("" if best > worst else " ↓")
+    return report.metric_name(metric, compared["scales"][metric])
 
 
 def _number(compared: dict, metric: str, value: float | None, sign: str = "") -> str:

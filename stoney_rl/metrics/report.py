@@ -1,12 +1,14 @@
-"""From predictions to what a person reads: scores with intervals, paired comparisons, tables, a picture, a verdict.
+"""What a person reads about prediction rows: tables with intervals, examples side by side, a picture.
 
 A prediction row is a dict: ``id``, ``prompt`` (string or chat messages), ``reference``, ``prediction`` (None if the
 model gave none), ``seen`` (True, False or None: did the row's lexemes occur in training rows), ``forms`` (the word
 forms asked for, a list or None) and ``lexemes`` (what the row is about; rows that share one are resampled together).
+The numbers come from ``comparison.score``.
 """
 
 import hashlib
 import json
+import re
 import shutil
 import textwrap
 from collections.abc import Sequence
@@ -14,25 +16,30 @@ from pathlib import Path
 
 from stoney_rl import terminal
 from stoney_rl.errors import StoneyError
-from stoney_rl.metrics import chrf, exact, forms, intervals
+from stoney_rl.metrics import forms
 from stoney_rl.metrics.retrieval import question_of
 from stoney_rl.text import fold, normalize
 
 GROUPS = ("all", "seen", "unseen")
-METRICS = ("chrf", "exact", "form")
-METRIC_NAMES = {"chrf": "chrF++", "exact": "exact match", "form": "form accuracy"}
+HEADLINE = ("chrf", "exact", "form")  # what is drawn, and what differences are tested on: few tests show more
+METRIC_NAMES = {
+    "chrf": "chrF++",
+    "bleu": "BLEU",
+    "exact": "exact match",
+    "form": "form accuracy",
+    "comet": "COMET",
+    "mauve": "MAUVE",
+}
 METRIC_MEANING = {
     "chrf": "overlap of letters and words with the expected answer, 0-100",
+    "bleu": "overlap of runs of words with the expected answer, 0-100",
     "exact": "share of answers that are the expected answer to the letter, 0-1",
     "form": "share of the asked word forms that the answer contains, 0-1",
-}
-# Full score of each metric, and how many decimals carry information at the sizes of test set seen here.
-METRIC_TOP = {"chrf": 100.0, "exact": 1.0, "form": 1.0}
-METRIC_DIGITS = {"chrf": 1, "exact": 2, "form": 2}
-GROUP_PHRASE = {
-    "all": "On all test rows",
-    "seen": "On lexemes that training rows also mention",
-    "unseen": "On lexemes never trained on",
+    "diacritic_error_rate": "share of marked letters with wrong marks, where the letters are right, 0-1",
+    "morphology_error_rate": "share of needed affixes that are wrong or missing, 0-1",
+    "hallucinated_form_rate": "share of the answer's words of the language that nothing attests, 0-1",
+    "comet": "meaning kept, as guessed by a model that has not learned this language, about 0-1",
+    "mauve": "likeness of all answers, as a set, to the expected ones, 0-1",
 }
 
 # Okabe and Ito's colours (https://jfly.uni-koeln.de/color/), told apart with any colour vision; hatches for print.
@@ -40,204 +47,66 @@ _COLOURS = ("#0072B2", "#E69F00", "#999999", "#009E73", "#CC79A7", "#56B4E9")
 _HATCHES = ("", "//", "..", "\\\\", "xx", "--")
 
 
-def score(rows: Sequence[dict], *, seed: int, resamples: int = intervals.RESAMPLES) -> dict:
-    """Score one system's prediction rows, for all rows and for the seen and unseen ones apart.
-
-    Returns {"n", "seed", "resamples", "confidence", "rows_sha256", "suspicious", "group_sizes": {group: rows},
-    "groups": {group: {metric: {"value", "low", "high", "n", "unscored", "units", "signature"}}}}. chrF++ is 0-100,
-    exact match and form accuracy 0-1; value is None where no row can be scored. A row without a prediction or with an
-    empty reference is unscored by every metric, a row that asks for no form by form accuracy; an empty prediction is an
-    answer and scores 0. ``rows_sha256`` covers ids, prompts and references, not predictions. Raises StoneyError for
-    rows that lack a field, ids that repeat, or no row at all.
-    """
-    scored = _Scored(rows)
-    results = {
-        "n": len(rows),
-        "seed": seed,
-        "resamples": resamples,
-        "confidence": intervals.CONFIDENCE,
-        "rows_sha256": rows_sha256(rows),
-        "suspicious": scored.suspicious,
-        "group_sizes": {group: len(_members(rows, group)) for group in GROUPS},
-        "groups": {},
-    }
-    for group in GROUPS:
-        members = _members(rows, group)
-        labels = [scored.clusters[row] for row in members]
-        table = {}
-        for metric in METRICS:
-            usable = [row for row in members if scored.values[metric][row] is not None]
-            if metric == "chrf":
-                labels_used = [scored.clusters[row] for row in usable]
-                interval = intervals.chrf_interval(
-                    [scored.counts[row] for row in usable], seed=seed, resamples=resamples, clusters=labels_used
-                )
-            else:
-                interval = intervals.mean_interval(
-                    [scored.values[metric][row] for row in members],
-                    seed=seed,
-                    resamples=resamples,
-                    clusters=labels,
-                    bounds=(0.0, 1.0),
-                )
-            table[metric] = {
-                "value": interval.value if interval else None,
-                "low": interval.low if interval else None,
-                "high": interval.high if interval else None,
-                "n": len(usable),
-                "unscored": len(members) - len(usable),
-                "units": interval.units if interval else 0,
-                "signature": signature(metric, seed=seed, resamples=resamples),
-            }
-        results["groups"][group] = table
-    return results
+def metric_name(metric: str, scale: Sequence[float]) -> str:
+    """What a person calls the metric; ↓ where the best of its ``scale`` (worst, best) is the lower one."""
+    return _plain_name(metric) + ("" if scale[1] > scale[0] else " ↓")
 
 
-def score_rows(rows: Sequence[dict]) -> list[dict]:
-    """Each row's own scores: {"id", "chrf" (sentence chrF++, 0-100), "exact", "form"}, None where unscored."""
-    scored = _Scored(rows)
-    return [
-        {"id": row["id"], **{metric: scored.values[metric][index] for metric in METRICS}}
-        for index, row in enumerate(rows)
-    ]
+def metric_table(results: dict[str, dict], *, width: int | None = None) -> str:
+    """A terminal table of scores: systems as columns, metric and group as rows, '0.44 [0.31, 0.57]'.
 
-
-def compare(
-    rows_a: Sequence[dict],
-    rows_b: Sequence[dict],
-    *,
-    seed: int,
-    resamples: int = intervals.RESAMPLES,
-    names: tuple[str, str] = ("base", "tuned"),
-) -> dict:
-    """System b minus system a on the same rows, paired, for each group and metric.
-
-    Returns {"a", "b" (the names), "n", "seed", "resamples", "confidence", "rows_sha256", "groups": {group: {metric:
-    {"difference", "low", "high", "p", "n", "unscored", "units", "conclusive", "signature"}}}}; difference is None where
-    no row is scored for both. ``conclusive``: the 95 % interval excludes zero and rests on at least
-    ``intervals.MIN_UNITS`` units. Nine intervals at 95 % are not one: choose the metric and the group that decide
-    before you look. Rows are matched by id; raises StoneyError if ids, prompts, references, asked forms or seen differ.
-    """
-    rows_b = _aligned(rows_a, rows_b, names)
-    a, b = _Scored(rows_a), _Scored(rows_b)
-    results = {
-        "a": names[0],
-        "b": names[1],
-        "n": len(rows_a),
-        "seed": seed,
-        "resamples": resamples,
-        "confidence": intervals.CONFIDENCE,
-        "rows_sha256": rows_sha256(rows_a),
-        "groups": {},
-    }
-    for group in GROUPS:
-        members = _members(rows_a, group)
-        table = {}
-        for metric in METRICS:
-            values_a, values_b = a.values[metric], b.values[metric]
-            usable = [row for row in members if values_a[row] is not None and values_b[row] is not None]
-            common = {"seed": seed, "resamples": resamples, "clusters": [a.clusters[row] for row in usable]}
-            if metric == "chrf":
-                found = intervals.chrf_difference(
-                    [a.counts[row] for row in usable], [b.counts[row] for row in usable], **common
-                )
-            else:
-                found = intervals.mean_difference(
-                    [values_a[row] for row in usable], [values_b[row] for row in usable], bounds=(0.0, 1.0), **common
-                )
-            table[metric] = {
-                "difference": found.value if found else None,
-                "low": found.low if found else None,
-                "high": found.high if found else None,
-                "p": found.p if found else None,
-                "n": len(usable),
-                "unscored": len(members) - len(usable),
-                "units": found.units if found else 0,
-                "conclusive": found.conclusive if found else False,
-                "signature": signature(metric, seed=seed, resamples=resamples, paired=True),
-            }
-        results["groups"][group] = table
-    return results
-
-
-def verdict(comparison: dict, *, group: str = "unseen", metric: str = "chrf") -> str:
-    """One sentence in plain words on what ``compare`` found for one group and metric; doubtful results say so."""
-    found = comparison["groups"][group][metric]
-    a, b = comparison["a"], comparison["b"]
-    where, name = GROUP_PHRASE[group], METRIC_NAMES[metric]
-    if found["difference"] is None:
-        return f"{where}, no row could be scored for {name}: nothing can be said about {b} against {a}."
-    digits = METRIC_DIGITS[metric]
-    confidence = f"{100 * comparison['confidence']:g}%"
-    n = f"n = {found['n']}"
-    if found["units"] < found["n"]:
-        n += f" in {found['units']} lexeme groups"
-    if found["unscored"]:
-        n += f", {found['unscored']} unscored"
-    unit = f"{name} points" if metric == "chrf" else f"in {name}"
-    if found["low"] is None:
-        return (
-            f"{where}, there are too few rows to compare {b} with {a} (difference {found['difference']:+.{digits}f} "
-            f"{unit}, {n}): nothing is shown."
-        )
-    low, high = found["low"], found["high"]
-    if found["conclusive"]:
-        better = found["difference"] > 0
-        if not better:
-            low, high = -high, -low
-        return (
-            f"{where}, {b} is {'better' if better else 'worse'} than {a} by "
-            f"{abs(found['difference']):.{digits}f} {unit} ({confidence} interval {low:.{digits}f} to "
-            f"{high:.{digits}f}, {n}): the difference is not chance."
-        )
-    start = (
-        f"{where}, {b} differs from {a} by {found['difference']:+.{digits}f} {unit} "
-        f"({confidence} interval {low:+.{digits}f} to {high:+.{digits}f}, {n})"
-    )
-    if low > 0 or high < 0:
-        return (
-            f"{start}, but that rests on {found['units']} independent lexeme groups and at least "
-            f"{intervals.MIN_UNITS} are needed: inconclusive."
-        )
-    return f"{start}: it may be chance, neither is shown to be better. More test rows would narrow the interval."
-
-
-def metric_table(results: dict[str, dict], *, comparisons: Sequence[dict] = (), width: int | None = None) -> str:
-    """A terminal table of ``score`` results: systems as columns, metric and group as rows, '0.44 [0.31, 0.57]'.
-
-    ``results``: system name -> ``score`` of it, all on the same rows; ``comparisons``: ``compare`` results, a column
-    each, '*' where conclusive. Where ``width`` (the terminal's) is too narrow, intervals go under the values and
-    comparisons under the scores.
+    ``results``: system name -> ``comparison.score`` of it, all on the same rows. Where ``width`` (the terminal's) is too
+    narrow, intervals go under the values. Every metric's note and signature follow.
     """
     if not results:
-        raise StoneyError("metric table: no results; pass at least one system's score()")
+        raise StoneyError("metric table: no results; pass at least one system's scores")
     first = next(iter(results.values()))
-    for name, result in [*results.items(), *((f"{c['b']} - {c['a']}", c) for c in comparisons)]:
+    for name, result in results.items():
         if result["rows_sha256"] != first["rows_sha256"]:
             raise StoneyError(
                 f"metric table: {name!r} was scored on other rows than {next(iter(results))!r}; score both on one split"
             )
     width = width or shutil.get_terminal_size((100, 24)).columns
-    columns = {name: _column(result, "value") for name, result in results.items()}
-    differences = {f"{c['b']} − {c['a']}": _column(c, "difference", sign="+") for c in comparisons}
-    labels = {
-        "metric": [METRIC_NAMES[metric] if group == GROUPS[0] else "" for metric in METRICS for group in GROUPS],
-        "rows": [group for _ in METRICS for group in GROUPS],
-        **{
-            name: [
-                str(min(result["groups"][group][metric][key] for result in results.values()))
-                for metric in METRICS
-                for group in GROUPS
-            ]
-            for name, key in (("n", "n"), ("lexemes", "units"))
-        },
-    }
-    one_table = _table({**labels, **columns, **differences}, width)
-    if differences and any(terminal.display_width(line) > width for line in one_table):
-        lines = [*_table({**labels, **columns}, width), "", *_table({**labels, **differences}, width)]
-    else:
-        lines = one_table
-    notes = [f"{METRIC_NAMES[metric]}: {METRIC_MEANING[metric]}." for metric in METRICS]
+    metrics = _entries(results)
+    cells = [
+        [
+            metric_name(metric, next(iter(found.values()))["scale"]) if index == 0 else "",
+            group,
+            *(_range(entry[key] for entry in found.values()) for key in ("n", "units")),
+            *(_cell(found.get(name)) for name in results),
+        ]
+        for metric, groups in metrics.items()
+        for index, (group, found) in enumerate(groups.items())
+    ]
+    starts = [position for position, line in enumerate(cells) if line[0]][1:]
+    lines = _table(["metric", "rows", "n", "lexemes", *results], cells, starts, width)
+    # Signatures stay on one line each, whatever the width: they are copied, not read.
+    signatures = [next(iter(groups["all"].values()))["signature"] for groups in metrics.values()]
+    wrapped = [line for note in _table_notes(results, metrics) for line in terminal.wrap(note, width, "  ")]
+    return "\n".join([*lines, "", *wrapped, *signatures])
+
+
+def _entries(results: dict[str, dict]) -> dict[str, dict[str, dict[str, dict]]]:
+    """metric -> group -> system -> its entry, for what is there: not every metric has every group, or every system."""
+    found: dict = {}
+    for name, result in results.items():
+        for group, metrics in result["groups"].items():
+            for metric, entry in metrics.items():
+                found.setdefault(metric, {}).setdefault(group, {})[name] = entry
+    return found
+
+
+def _table_notes(results: dict[str, dict], metrics: dict) -> list[str]:
+    first = next(iter(results.values()))
+    notes = [
+        f"{metric_name(metric, next(iter(groups['all'].values()))['scale'])}: {METRIC_MEANING[metric]}."
+        for metric, groups in metrics.items()
+        if metric in METRIC_MEANING
+    ]
+    if any(metric.startswith("pass@") for metric in metrics):
+        notes.append("pass@k: share of rows that at least one of k sampled answers has all asked forms of, 0-1.")
+    if any("↓" in note for note in notes):
+        notes.append("↓: lower is better.")
     notes.append("seen: training rows mention a word that the row is about; unseen: none does.")
     notes.append(
         "n: rows scored. lexemes: groups of rows that share no word; only these are independent of each other."
@@ -246,23 +115,23 @@ def metric_table(results: dict[str, dict], *, comparisons: Sequence[dict] = (), 
         f"[a, b]: {100 * first['confidence']:g}% interval over the choice of test rows ({first['resamples']:,} "
         f"resamples by lexeme, seed {first['seed']}); another training seed is not covered."
     )
-    if comparisons:
-        notes.append(f"*: the interval excludes zero and rests on at least {intervals.MIN_UNITS} lexeme groups.")
-    notes += [
-        f"{name}: {entry['unscored']} of {entry['n'] + entry['unscored']} rows unscored for {METRIC_NAMES[metric]}."
-        for name, result in results.items()
-        for metric, entry in result["groups"]["all"].items()
-        if entry["unscored"]
-    ]
-    notes += [
-        f"{name}: every prediction equals its reference. Perfect, or were the references passed as predictions?"
-        for name, result in results.items()
-        if result["suspicious"]
-    ]
-    # Signatures stay on one line each, whatever the width: they are copied, not read.
-    signatures = [metric["signature"] for metric in first["groups"]["all"].values()]
-    wrapped = [line for note in notes for line in terminal.wrap(note, width, "  ")]
-    return "\n".join([*lines, "", *wrapped, *signatures])
+    if any(entry.get("spread") for groups in metrics.values() for entry in groups["all"].values()):
+        notes.append("{a, b}: the least and the greatest value over the metric's own seeds; no interval.")
+    shared: dict[tuple[str, str], list[str]] = {}
+    for name, result in results.items():
+        for metric, note in result["notes"].items():
+            shared.setdefault((metric, note), []).append(name)
+    notes += [f"{_plain_name(metric)}, {', '.join(names)}: {note}." for (metric, note), names in shared.items()]
+    for name, result in results.items():
+        entries = result["groups"]["all"]
+        unscored = [f"{_plain_name(metric)} {one['unscored']}" for metric, one in entries.items() if one["unscored"]]
+        if unscored:
+            notes.append(f"{name}: rows without a score, of {result['n']}: {', '.join(unscored)}.")
+        if entries.get("exact", {}).get("value") == 1:
+            notes.append(
+                f"{name}: every prediction equals its reference. Perfect, or were the references passed as predictions?"
+            )
+    return notes
 
 
 def examples_table(
@@ -282,7 +151,7 @@ def examples_table(
     names = list(systems)
     rows = list(systems[names[0]])
     aligned = {name: _aligned(rows, systems[name], (names[0], name)) for name in names}
-    marks = {name: [_mark(values) for values in score_rows(aligned[name])] for name in names}
+    marks = {name: _marks(aligned[name]) for name in names}
     rng = np.random.default_rng(seed)
     order = rng.permutation(len(rows)).tolist()
     unseen = [row for row in order if rows[row]["seen"] is False]
@@ -319,14 +188,14 @@ def plot(results: dict[str, dict], path: str | Path, *, title: str | None = None
     from matplotlib.figure import Figure
 
     if not results:
-        raise StoneyError("plot: no results; pass at least one system's score()")
+        raise StoneyError("plot: no results; pass at least one system's scores")
     groups = [group for group in ("seen", "unseen") if _group_size(results, group)] or ["all"]
-    figure = Figure(figsize=(3.9 * len(METRICS), 4.3), dpi=150, layout="constrained")
+    figure = Figure(figsize=(3.9 * len(HEADLINE), 4.3), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
-    panels = figure.subplots(1, len(METRICS))
+    panels = figure.subplots(1, len(HEADLINE))
     bar = 0.8 / len(results)
-    for panel, metric in zip(panels, METRICS, strict=True):
-        top = METRIC_TOP[metric]
+    for panel, metric in zip(panels, HEADLINE, strict=True):
+        top = max(next(iter(results.values()))["groups"]["all"][metric]["scale"])
         for index, (name, result) in enumerate(results.items()):
             colour, hatch = _COLOURS[index % len(_COLOURS)], _HATCHES[index % len(_HATCHES)]
             for position, group in enumerate(groups):
@@ -343,11 +212,11 @@ def plot(results: dict[str, dict], path: str | Path, *, title: str | None = None
                     below, above = max(0, tip - entry["low"]), max(0, entry["high"] - tip)
                     panel.errorbar(x, tip, yerr=[[below], [above]], fmt="none", ecolor="black", capsize=3, lw=1.1)
                     tip = max(tip, entry["high"])
-                text = f"{entry['value']:.{METRIC_DIGITS[metric]}f}"
+                text = _number(entry["value"], entry["scale"])
                 panel.text(x, tip + 0.015 * top, text, ha="center", va="bottom", fontsize=8)
         panel.set_ylim(0, 1.12 * top)
         panel.set_yticks([top * step / 5 for step in range(6)])
-        counts = [_n_range([result["groups"][group][metric]["n"] for result in results.values()]) for group in groups]
+        counts = [_range(result["groups"][group][metric]["n"] for result in results.values()) for group in groups]
         panel.set_xticks(
             range(len(groups)), [f"{group} words\nn = {n}" for group, n in zip(groups, counts, strict=True)]
         )
@@ -368,13 +237,6 @@ def plot(results: dict[str, dict], path: str | Path, *, title: str | None = None
     except OSError as error:
         raise StoneyError(f"plot: can't write {path}: {error.strerror}; choose a folder that exists") from error
     return path
-
-
-def signature(metric: str, *, seed: int, resamples: int, paired: bool = False) -> str:
-    """What a number of ``metric`` depends on besides the rows: versions, normaliser, interval method, seed."""
-    own = {"chrf": chrf.signature, "exact": lambda: exact.SIGNATURE, "form": lambda: forms.SIGNATURE}[metric]()
-    method = "paired-bootstrap" if paired else "bootstrap"
-    return f"{own}|ci:{method}-expanded-percentile|by:lexeme|bs:{resamples}|seed:{seed}"
 
 
 def rows_sha256(rows: Sequence[dict]) -> str:
@@ -405,33 +267,8 @@ def lexeme_clusters(lexemes: Sequence[Sequence[str] | None]) -> list[int]:
     return [root(row) for row in range(len(lexemes))]
 
 
-class _Scored:
-    """Checked rows with their per-row values, chrF++ counts (None where unscored) and cluster labels."""
-
-    def __init__(self, rows: Sequence[dict]):
-        _check_rows(rows)
-        usable = [i for i, row in enumerate(rows) if row["prediction"] is not None and normalize(row["reference"])]
-        predictions = [rows[i]["prediction"] for i in usable]
-        references = [rows[i]["reference"] for i in usable]
-        self.clusters = lexeme_clusters([row.get("lexemes") for row in rows])
-        self.values: dict[str, list] = {metric: [None] * len(rows) for metric in METRICS}
-        self.counts: list = [None] * len(rows)
-        self.suspicious = False
-        if not usable:
-            return
-        counts = chrf.statistics(predictions=predictions, references=references)
-        exact_values = exact.exact_match(predictions=predictions, references=references)
-        form_values = forms.form_accuracy(predictions=predictions, targets=[rows[i].get("forms") for i in usable])
-        sentence = chrf.score_from_counts(counts).tolist()
-        for position, row in enumerate(usable):
-            self.counts[row] = counts[position]
-            self.values["chrf"][row] = sentence[position]
-            self.values["exact"][row] = exact_values[position]
-            self.values["form"][row] = form_values[position]
-        self.suspicious = all(exact_values)
-
-
-def _check_rows(rows):
+def check_rows(rows: Sequence[dict]) -> None:
+    """Raise ``StoneyError`` unless ``rows`` are prediction rows as above, at least one, with ids that do not repeat."""
     if isinstance(rows, (str, dict)) or not rows:
         raise StoneyError(
             "predictions: expected a list of rows with at least one row; check that the split is not empty"
@@ -459,8 +296,8 @@ def _check_rows(rows):
 
 def _aligned(rows_a, rows_b, names):
     """``rows_b`` in the order of ``rows_a``; StoneyError unless both are predictions for the very same rows."""
-    _check_rows(rows_a)
-    _check_rows(rows_b)
+    check_rows(rows_a)
+    check_rows(rows_b)
     by_id = {row["id"]: row for row in rows_b}
     only_a = [row["id"] for row in rows_a if row["id"] not in by_id]
     only_b = sorted(set(map(str, by_id)) - {str(row["id"]) for row in rows_a})
@@ -481,53 +318,67 @@ def _aligned(rows_a, rows_b, names):
     return [by_id[row["id"]] for row in rows_a]
 
 
-def _members(rows, group):
-    return [index for index, row in enumerate(rows) if group == "all" or row["seen"] is (group == "seen")]
+def _plain_name(metric):
+    return METRIC_NAMES.get(metric, metric.replace("_", " "))
 
 
 def _group_size(results, group):
     return max(result["group_sizes"][group] for result in results.values())
 
 
-def _n_range(counts):
-    return str(min(counts)) if min(counts) == max(counts) else f"{min(counts)}-{max(counts)}"
+def _range(counts):
+    found = sorted(set(counts))
+    return f"{found[0]}" if len(found) == 1 else f"{found[0]}-{found[-1]}"
 
 
-def _mark(values):
-    """✓, ~, ✗ or ? for one row of ``score_rows``."""
-    value = values["exact"] if values["form"] is None else values["form"]
+def _marks(rows):
+    """✓, ~, ✗ or ? for each row: by its share of the asked forms or, where none is asked, by exact match."""
+    from stoney_rl.metrics import suite
+
+    scores = suite.score_rows({name: suite.STRING_METRICS[name] for name in ("exact", "form")}, rows)
+    return [_mark(*values) for values in zip(scores["exact"].rows, scores["form"].rows, strict=True)]
+
+
+def _mark(exact, form):
+    value = exact if form is None else form
     if value is None:
         return "?"
     return "✓" if value == 1 else "✗" if value == 0 else "~"
 
 
-def _cell(value, entry, metric, sign=""):
-    if value is None:
+def _number(value, scale):
+    """``value`` with the decimals that carry information at the sizes of test set seen here."""
+    return f"{value:.{1 if abs(scale[1] - scale[0]) > 10 else 2}f}"
+
+
+def _cell(entry):
+    if entry is None or entry["value"] is None:
         return "-"
-    spec = f"{sign}.{METRIC_DIGITS[metric]}f"
-    if entry["low"] is None:
-        return f"{value:{spec}} [too few rows]"
-    return f"{value:{spec}} [{entry['low']:{spec}}, {entry['high']:{spec}}]"
+    value, *ends = (
+        None if number is None else _number(number, entry["scale"])
+        for number in (entry["value"], *(entry.get("spread") or (entry["low"], entry["high"])))
+    )
+    if entry.get("spread"):
+        return f"{value} {{{ends[0]}, {ends[1]}}}"
+    return f"{value} [{ends[0]}, {ends[1]}]" if ends[0] else f"{value} [too few rows]"
 
 
-def _column(result, key, sign=""):
-    """One system's (or one comparison's) cells, metric by metric and group by group."""
-    entries = [(metric, result["groups"][group][metric]) for metric in METRICS for group in GROUPS]
-    return [
-        _cell(entry[key], entry, metric, sign) + (" *" if entry.get("conclusive") else "") for metric, entry in entries
-    ]
-
-
-def _table(columns, width):
-    """Lines of a table with intervals beside the values, or under them where ``width`` is too narrow."""
-    cells = [list(line) for line in zip(*columns.values(), strict=True)]
-    lines = terminal.grid(list(columns), cells, rules=len(GROUPS))
+def _table(header, cells, starts, width):
+    """Lines of a table with a rule before each line of ``starts``; intervals beside the values, or under them where
+    ``width`` is too narrow."""
+    lines = _ruled(header, cells, starts)
     if max(map(terminal.display_width, lines)) <= width:
         return lines
-    return terminal.grid(list(columns), [part for line in cells for part in _two_lines(line)], rules=2 * len(GROUPS))
+    return _ruled(header, [part for line in cells for part in _two_lines(line)], [2 * start for start in starts])
+
+
+def _ruled(header, cells, starts):
+    first, rule, *lines = terminal.grid(header, cells, rules=len(cells))
+    ruled = [part for index, line in enumerate(lines) for part in ([rule, line] if index in starts else [line])]
+    return [first, rule, *ruled]
 
 
 def _two_lines(cells):
     """One table line as two: the values, and under them the intervals."""
-    parts = [cell.partition(" [") for cell in cells]
-    return [[head for head, _, _ in parts], [f"[{tail}" if tail else "" for _, _, tail in parts]]
+    parts = [re.match(r"(.*?)(?: ([\[{].*))?$", cell).groups("") for cell in cells]
+    return [[head for head, _ in parts], [tail for _, tail in parts]]

@@ -77,7 +77,7 @@ def validate(
     seed: int,
     resamples: int = RESAMPLES,
 ) -> dict:
-    """What each metric (``suite``) makes of gold answers with known errors; ``rows`` as in ``report.score``.
+    """What each metric (``suite``) makes of gold answers with known errors; ``rows`` as ``report`` says.
 
     Of a row only ``prompt``, ``reference``, ``forms`` and ``lexemes`` are read; rows with a blank reference are left out and
     counted. Returns, ready for JSON, {"n", "left_out", "seed", "resamples", "levels", "units": {kind: letters, affixes ... that
