@@ -22,7 +22,8 @@ python train_lora.py \
 # 4. Base, tuned and a memoriser on held-out rows, half of them about verbs never trained on -> demo/evaluation/
 python evaluate_model.py \
     --model_path demo/planted_merged --baseline base --baseline retrieval \
-    --num_samples 128 --max_new_tokens 24 --batch_size 32 --output_dir demo/evaluation
+    --num_samples 128 --max_new_tokens 24 --batch_size 32 --lexicon data/planted/lexicon.jsonl \
+    --output_dir demo/evaluation
 
 # 5. GRPO from the tuned model, on a reward that is attacked first; its report says what became of the policy -> demo/grpo/
 python train_grpo.py \
