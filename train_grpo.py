@@ -32,7 +32,7 @@ from stoney_rl.rewards.flags import add_reward_flags, check_reward_flags
 DEFAULT_DATASET = "HarleyCooper/StoneyNakoda45k"
 # Arguments that change nothing in the result: they may differ between a run and its --resume.
 NOT_IDENTITY = {"resume", "overwrite", "config", "save_steps", "save_total_limit", "logging_steps", "table_steps",
-                "multi_gpu", "num_gpus", "preflight_prompts", "probe_samples", "allow_broken_reward"}  # fmt: skip
+                "multi_gpu", "num_gpus", "output_dir", "adapter_dir", "preflight_prompts", "probe_samples", "allow_broken_reward"}  # fmt: skip
 REPORT_FILES = ("report.json", "report.txt", "report.png")
 LOSSES = ["grpo", "dr_grpo", "dapo", "bnpo", "cispo", "sapo", "luspo", "vespo"]
 
@@ -138,6 +138,10 @@ def check_args(args: argparse.Namespace, devices: int) -> tuple:
         problems.add(str(error))
     if not 0 <= args.kl_penalty < math.inf:
         problems.add(f"--kl_penalty {args.kl_penalty}: expected a number of at least 0")
+    if not args.top_p:
+        problems.add("--top_p 0: leaves no token to draw; 1 switches it off")
+    if args.temperature < 0.01:
+        problems.add(f"--temperature {args.temperature}: below 0.01 nothing is drawn, the likeliest token is taken")
     if args.num_gpus and not args.multi_gpu:
         problems.add("--num_gpus: only with --multi_gpu")
     for flag in ("num_iterations", "logging_steps"):
@@ -188,15 +192,22 @@ def main(argv: list[str] | None = None) -> None:
     )
     vars(args).update(rows.split_arguments)
     say(data.describe(rows.rowset))
+    knowledge = learn(args, rows)
     output, adapter_dir = Path(args.output_dir), Path(args.adapter_dir)
-    identity = runs.identify(vars(args), NOT_IDENTITY, model=start.name, data_sha256=rows.rowset.sha256)
+    identity = runs.identify(
+        vars(args),
+        NOT_IDENTITY,
+        model=start.name,
+        weights=[checkpoints.weights_id(name) for name in (start.name, start.base, args.reward_model) if name],
+        data_sha256=rows.rowset.sha256,
+        lexicon_sha256=knowledge.sha256,
+    )
     partial = runs.begin([adapter_dir, output], identity, resume=args.resume, overwrite=args.overwrite)
     if partial is None:
         return
     last_checkpoint = runs.last_checkpoint(partial)
 
     # 2. The reward, attacked before anyone is paid by it.
-    knowledge = learn(args, rows)
     composite = Composite(knowledge, weights, load_similarity(args.encoder, args.comet_model))
     if args.reward_model:
         from stoney_rl.rewards.reward_model import load_reward_model
@@ -291,7 +302,7 @@ def main(argv: list[str] | None = None) -> None:
             reward_weights=[plugin.weight for plugin in rewards],
             learning_rate=args.learning_rate,
             lr_scheduler_type=args.lr_scheduler_type,
-            warmup_steps=args.warmup_ratio,  # below 1: a share of all steps
+            warmup_steps=math.ceil(args.warmup_ratio * updates),
             weight_decay=args.weight_decay,
             max_grad_norm=args.max_grad_norm,
             optim=args.optim,
@@ -384,7 +395,8 @@ def main(argv: list[str] | None = None) -> None:
         )
         say(f"sampled before training: {sampled}")
         for text, earned in sampled.examples[:2]:
-            say(f"  {'unscored' if earned is None else format(earned, '6.3f')}  {' '.join(text.split())[:100]}")
+            shown = "".join(c if c.isprintable() else " " for c in text)
+            say(f"  {'unscored' if earned is None else format(earned, '6.3f')}  {' '.join(shown.split())[:100]}")
         if sampled.silence_pays:
             say(f"  saying nothing would earn more, {sampled.silence:.3f}: what is learned first may be silence (more SFT first, or "
                 "a smaller weight of P_hall)")  # fmt: skip
@@ -404,6 +416,7 @@ def main(argv: list[str] | None = None) -> None:
         training.check_saved_adapter(trainer.model, partial)
         comparison = held_out.compare(seed=args.seed)
         metrics = records.read(partial / grpo.METRICS_FILE)
+        moved = training.adapter_moved(trainer.model)
         stage = checkpoints.describe_stage(
             "grpo",
             arguments=vars(args),
@@ -412,16 +425,25 @@ def main(argv: list[str] | None = None) -> None:
             base_model=base.name,
             data=rows.describe(),
             precision=str(precision),
-            training={"steps": trainer.state.global_step, "seconds": round(seconds, 1)},
+            training={
+                "steps": trainer.state.global_step,
+                "seconds": round(seconds, 1),
+                "prompts_shared": trainer.shares_prefixes,
+                "sharing_difference": trainer.sharing_difference,
+            },
             reward={"functions": named, "weights": weights, "problems": problems},
             wandb={"run_id": tracker.run_id, "group": tracker.group, "url": tracker.url},
             identity=identity,
         )
-        text = policy.as_text(comparison)
-        if all(line.get("zero_spread", 1) == 1 for line in metrics):
-            text += "\n✗ the policy did not move: in no step did the completions of any prompt earn different rewards"
+        text = f"{output.name}: {named}, seed {args.seed}, from {start.name}\n{policy.as_text(comparison)}"
+        if not moved:
+            text += "\n✗ the policy did not move: no update changed a weight"
+            if all(line.get("zero_spread", 1) == 1 for line in metrics):
+                text += "; in no step did the completions of any prompt earn different rewards"
+        text += "".join(f"\n✗ trained on a reward that can be gamed: {problem}" for problem in problems)
         checkpoints.write_json(
-            partial / "report.json", comparison | {"reward": stage["reward"], "training": stage["training"]}
+            partial / "report.json",
+            comparison | {"moved": moved, "reward": stage["reward"], "training": stage["training"]},
         )
         (partial / "report.txt").write_text(text + "\n", encoding="utf-8")
         policy.plot(

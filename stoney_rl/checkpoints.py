@@ -106,6 +106,28 @@ def describe_stage(stage: str, *, arguments: dict, seed: int | None = None, **fi
     }
 
 
+def weights_id(name: str) -> str | None:
+    """Tells the weights in directory ``name`` from others of that name: None for a hub id, whose revision does.
+
+    The recorded fingerprint; without one a SHA-256 of each weight file's size, first and last MiB.
+    """
+    directory = Path(name)
+    if not directory.is_dir():
+        return None
+    recorded = (read_stage(directory) or {}).get("fingerprint")
+    if recorded:
+        return recorded["sha256"]
+    digest = hashlib.sha256()
+    for path in sorted([*directory.glob("*.safetensors"), *directory.glob("*.bin")]):
+        with path.open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            digest.update(f"{path.name} {size}".encode())
+            for start in {0, max(0, size - 2**20)}:
+                file.seek(start)
+                digest.update(file.read(2**20))
+    return digest.hexdigest()
+
+
 def _git_commit() -> str | None:
     root = Path(__file__).resolve().parent.parent
     try:

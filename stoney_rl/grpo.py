@@ -21,12 +21,14 @@ from trl.models import unwrap_model_for_generation
 from trl.trainer.utils import RepeatSampler, split_tensor_dict
 
 from stoney_rl import generation, prefix, records
+from stoney_rl.errors import StoneyError
 from stoney_rl.policy import HeldOut
 from stoney_rl.rewards import plugins
 from stoney_rl.rewards.composite import Composite, Task
 from stoney_rl.training import WholeCheckpoints
 
 ROLLOUTS_FILE, METRICS_FILE = "rollouts.jsonl", "metrics.jsonl"
+_DIVERGED = "update {}: the policy diverged, its numbers are not finite; start again with a lower --learning_rate"
 SPREAD = 1e-6  # rewards of a group that differ by less are the same number, rounded
 # Mean difference of log-probabilities, shared against written out: rounding of fp32, and of bf16 with its 8 bits.
 SHARING_TOLERANCE = {"fp32": 1e-4, "less": 0.05}
@@ -128,7 +130,13 @@ class GroupTrainer(WholeCheckpoints, GRPOTrainer):
             generation_kwargs=self.generation_kwargs,
             gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,
         ) as model:
-            drawn = prefix.sample(model, prompt_ids, self.generation_config, pad=self._tokenizer.pad_token_id).tolist()
+            try:
+                drawn = prefix.sample(model, prompt_ids, self.generation_config, pad=self._tokenizer.pad_token_id)
+            except RuntimeError as error:
+                if "probability tensor" not in str(error):
+                    raise
+                raise StoneyError(_DIVERGED.format(self.state.global_step)) from error
+            drawn = drawn.tolist()
         return [_up_to_the_end(tokens, set(self.eos_token_ids)) for tokens in drawn], None
 
     # Rewards, and which groups they tell apart
@@ -145,6 +153,8 @@ class GroupTrainer(WholeCheckpoints, GRPOTrainer):
             self._informative = informative(
                 rewards, self.reward_weights.to(rewards.device), self.num_generations, self.multi_objective_aggregation
             )
+            for name, values in zip(self.reward_func_names, rewards.T, strict=True):
+                self._metrics["train"][f"rewards/{name}/unscored"].append(values.isnan().float().mean().item())
             self._metrics["train"]["zero_spread"].append(1 - self._informative.float().mean().item())
         return rewards
 
@@ -277,12 +287,18 @@ class _Prompts(RepeatSampler):
 
 
 class _OnlyWhereSomethingWasLearned(TrainerCallback):
-    """No update, not even by momentum or weight decay, in a step none of whose groups tells completions apart."""
+    """No update, not even by momentum or weight decay, in a step none of whose groups tells completions apart.
+
+    Raises ``StoneyError`` for gradients that are not finite, before they reach the weights and a checkpoint.
+    """
 
     def __init__(self, trainer: GroupTrainer) -> None:
         self.trainer = trainer
 
     def on_pre_optimizer_step(self, *args: object, model: torch.nn.Module, **kwargs: object) -> None:
+        gradients = [weight.grad for weight in model.parameters() if weight.grad is not None]
+        if self.trainer.accelerator.scaler is None and not all(bool(one.isfinite().all()) for one in gradients):
+            raise StoneyError(_DIVERGED.format(self.trainer.state.global_step + 1))
         if not self.trainer.learns and self.trainer.accelerator.scaler is None:
             for weight in model.parameters():
                 weight.grad = None
@@ -310,7 +326,8 @@ class Record(TrainerCallback):
     def on_step_end(self, args: object, state: object, control: object, **kwargs: object) -> None:
         if state.is_world_process_zero:
             lines = self.completions(state.global_step)
-            records.append(self.directory / ROLLOUTS_FILE, lines)
+            if (state.global_step - 1) % self.trainer.num_iterations == 0:  # else those of the step before, again
+                records.append(self.directory / ROLLOUTS_FILE, lines)
             if state.global_step % self.table_steps == 0 and lines:
                 self.on_table(list(lines[0]), [list(line.values()) for line in lines])
 

@@ -24,6 +24,8 @@ HELD_OUT_FILE = "held_out.jsonl"
 COLLAPSED = 0.25  # of the prompts get one and the same answer
 TRUNCATED_RISE = 0.25
 LENGTH_FACTOR = 2.0
+MATERIAL = {"form accuracy": 0.0, "chrF++": 1.0}  # a rise of less, or one that may be chance, is none
+NAMES = {"reward": "reward", "form_accuracy": "form accuracy", "chrf": "chrF++"}
 
 
 @dataclass(frozen=True)
@@ -101,9 +103,12 @@ class HeldOut:
             "clusters": len(set(clusters)),
             "steps": [first.step, last.step],
             "measures": {
-                name: {"before": values[name][0], "after": values[name][1], "difference": asdict(difference)}
+                name: {
+                    "before": values[name][0],
+                    "after": values[name][1],
+                    "difference": asdict(difference) if difference is not None else None,
+                }
                 for name, difference in found.items()
-                if difference is not None
             },
             "before": first.summary(),
             "after": last.summary(),
@@ -117,9 +122,15 @@ def signs(first: Measurement, last: Measurement, found: dict, references: Sequen
     said = []
     rise, others = found["reward"], {"form accuracy": found["form_accuracy"], "chrF++": found["chrf"]}
     measured = {name: other for name, other in others.items() if other is not None}
-    if _rose(rise) and not any(other.value > 0 for other in measured.values()):
+    better = [name for name, other in measured.items() if _is_rise(other) and other.value >= MATERIAL[name]]
+    if _rose(rise) and not better:
         shown = " and ".join(f"{name} ({other.value:+.2f})" for name, other in measured.items())
-        said.append(f"the reward rose by {rise.value:.2f}, and {shown} did not: what is paid is not what is wanted")
+        said.append(
+            f"the reward rose by {rise.value:.3f}, and {shown} did not clearly rise with it: what is paid is not what is wanted"
+        )
+    unscored = sum(value is None for value in last.rewards)
+    if unscored > sum(value is None for value in first.rewards):
+        said.append(f"the reward could not score {unscored} of {len(last.rewards)} answers, more than before")
     answer, share = most_common(last.answers)
     if share >= COLLAPSED and share > 1.5 * max(most_common(first.answers)[1], most_common(references)[1]):
         said.append(f"{share:.0%} of the prompts get one answer: {_short(answer)!r}")
@@ -134,9 +145,13 @@ def signs(first: Measurement, last: Measurement, found: dict, references: Sequen
     return said
 
 
+def _is_rise(found: intervals.Difference) -> bool:
+    return found.value > 0 and (found.low is None or found.low > 0)
+
+
 def _rose(rise: intervals.Difference | None) -> bool:
     """Whether the reward is above what it was. Where every row rose by the same there is no interval, and no doubt."""
-    return bool(rise and rise.value > 0 and rise.units >= intervals.MIN_UNITS and (rise.low is None or rise.low > 0))
+    return bool(rise and _is_rise(rise) and rise.units >= intervals.MIN_UNITS)
 
 
 def most_common(answers: Sequence[str]) -> tuple[str, float]:
@@ -146,21 +161,44 @@ def most_common(answers: Sequence[str]) -> tuple[str, float]:
 
 
 def as_text(comparison: dict) -> str:
-    """The comparison in lines: each measure with its interval, then what looks like gaming."""
-    names = {"reward": "reward", "form_accuracy": "form accuracy", "chrf": "chrF++"}
+    """The comparison in lines: each measure with its interval, what else changed, then what looks like gaming."""
     lines = [f"greedy answers to {comparison['n']} held-out prompts ({comparison['clusters']} lexeme groups), "
              f"after {comparison['steps'][0]} and {comparison['steps'][1]} updates:"]  # fmt: skip
     for name, found in comparison["measures"].items():
-        difference = found["difference"]
-        interval = (
-            "no interval" if difference["low"] is None else f"[{difference['low']:+.2f}, {difference['high']:+.2f}]"
-        )
-        lines.append(
-            f"  {names[name]:<14} {found['before']:7.2f} -> {found['after']:7.2f}   {difference['value']:+.2f} {interval}"
-            f"   n = {difference['n']}"
-        )
-    lines += [f"✗ sign of gaming: {sign}" for sign in comparison["signs"]] or ["✓ no sign that the reward was gamed"]
+        if found["before"] is None and found["after"] is None:
+            continue  # no held-out row asks for a form
+        before, after = (_number(found[when], name) for when in ("before", "after"))
+        lines.append(f"  {NAMES[name]:<18} {before:>8} -> {after:>8}   {_change(found['difference'], name)}".rstrip())
+    others = {"tokens": "tokens an answer", "truncated": "cut at the limit", "most_common_answer": "most common answer"}
+    for name, label in others.items():
+        before, after = (comparison[when][name] for when in ("before", "after"))
+        shown = [f"{value:.1f}" if name == "tokens" else f"{value:.0%}" for value in (before, after)]
+        lines.append(f"  {label:<18} {shown[0]:>8} -> {shown[1]:>8}")
+    few = comparison["clusters"] < intervals.MIN_UNITS
+    none = (
+        "too few held-out prompts to tell whether the reward was gamed"
+        if few
+        else "✓ no sign that the reward was gamed"
+    )
+    lines += [f"✗ sign of gaming or collapse: {sign}" for sign in comparison["signs"]] or [none]
     return "\n".join(lines)
+
+
+def _number(value: float | None, name: str, sign: str = "") -> str:
+    digits = 3 if name == "reward" else 2
+    return "unscored" if value is None else f"{round(value, digits) + 0.0:{sign}.{digits}f}"
+
+
+def _change(difference: dict | None, name: str) -> str:
+    if difference is None:
+        return ""
+    n = f"n = {difference['n']}"
+    value = _number(difference["value"], name, "+")
+    if difference["units"] < intervals.MIN_UNITS:
+        return f"{value} (too few to tell, {n})"
+    if difference["low"] is None:
+        return f"{value} (every row alike, {n})"
+    return f"{value} [{_number(difference['low'], name, '+')}, {_number(difference['high'], name, '+')}] {n}"
 
 
 def plot(metrics: Sequence[dict], measurements: Sequence[Measurement], path: Path, *, title: str) -> None:
@@ -189,13 +227,25 @@ def plot(metrics: Sequence[dict], measurements: Sequence[Measurement], path: Pat
     line(groups, "zero_spread", "groups without spread")
     line(groups, "completions/clipped_ratio", "truncated")
     held_out(groups, "most_common_answer", "most common answer")
-    line(drift, "kl", "KL to the start (nats a token)")
-    line(drift, "entropy", "entropy (nats a token)")
-    for axes, name in ((reward, "reward"), (quality, "share"), (groups, "share"), (drift, "nats")):
+    line(drift, "entropy", "entropy (left)")
+    divergence = drift.twinx()
+    divergence._get_lines = drift._get_lines  # one cycle of colours
+    line(divergence, "kl", "KL to the start (right)")
+    for axes, name, heading in (
+        (reward, "reward", "What is paid"),
+        (quality, "share", "What is wanted"),
+        (groups, "share", "Groups and answers"),
+        (drift, "nats a token", "The policy"),
+    ):
+        axes.set_title(heading, fontsize=10)
         axes.set_ylabel(name)
         axes.grid(alpha=0.3)
-        if axes.lines:
-            axes.legend(fontsize=8)
+        if name == "share":
+            axes.set_ylim(-0.03, 1.03)
+        lines = [*axes.lines, *(divergence.lines if axes is drift else ())]
+        if lines:
+            axes.legend(handles=lines, fontsize=8)
+    divergence.set_ylabel("nats a token")
     for axes in (groups, drift):
         axes.set_xlabel("updates")
     figure.savefig(path, dpi=130)

@@ -159,7 +159,7 @@ class Sampled:
     def __str__(self) -> str:
         mean = f"mean reward {statistics.fmean(self.rewards):.3f}" if self.rewards else "no completion could be scored"
         return (
-            f"{self.without_spread} of {self.groups} groups without spread (they teach nothing), "
+            f"{self.without_spread} of {self.groups} groups have no spread and would teach nothing, "
             f"{self.truncated:.0%} of the completions cut at the limit, "
             f"{statistics.fmean(self.tokens):.0f} tokens a completion (longest {max(self.tokens)}), {mean}"
         )

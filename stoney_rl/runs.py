@@ -40,8 +40,11 @@ def check_outputs(outputs: dict[str, str], inputs: dict[str, str | None], proble
     kept = inputs | {"the current folder": "."}
     for number, (flag, place) in enumerate(places.items()):
         path = outputs[flag]
-        if place.exists() and not place.is_dir():
-            problems.add(f"{flag}: {path} is a file; choose a directory")
+        above = next(parent for parent in (place, *place.parents) if parent.exists())
+        if not above.is_dir():
+            problems.add(f"{flag}: {path} {'is' if above == place else 'lies below'} a file; choose a directory")
+        elif not os.access(above, os.W_OK):
+            problems.add(f"{flag}: {path} can't be written; choose another directory")
         for other in list(places)[:number]:
             if places[other] == place:
                 problems.add(f"{flag}: {path} is the directory of {other} too; choose another")

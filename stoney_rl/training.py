@@ -15,6 +15,7 @@ import torch
 from accelerate import PartialState
 from datasets import Dataset
 from peft import PeftModel, get_peft_model_state_dict
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
@@ -63,6 +64,12 @@ class WholeCheckpoints:
         self._is_saving = True
         try:
             super()._save_checkpoint(model, trial)
+        except (OSError, SafetensorError) as error:
+            free = shutil.disk_usage(root).free / 2**20
+            raise StoneyError(
+                f"{root}: checkpoint {self.state.global_step} can't be written ({' '.join(str(error).split())}; {free:,.0f} "
+                "MiB free); make room, then go on with --resume"
+            ) from error
         finally:
             self._is_saving = False
         self.accelerator.wait_for_everyone()
@@ -255,6 +262,11 @@ def target_modules(model: PreTrainedModel, names: list[str]) -> str | list[str]:
             f"--lora_target_modules {' '.join(unknown)}: the model has {', '.join(linear)}, or all-linear"
         )
     return names
+
+
+def adapter_moved(model: PeftModel) -> bool:
+    """Whether training changed what the adapter computes: LoRA's B matrices are 0 at the start."""
+    return any("lora_B" in name and bool(weight.any()) for name, weight in model.named_parameters())
 
 
 def check_saved_adapter(model: PeftModel, directory: Path) -> None:

@@ -5,7 +5,9 @@ import os
 import signal
 import subprocess
 import sys
+import sysconfig
 import time
+import venv
 from pathlib import Path
 
 import pytest
@@ -196,20 +198,128 @@ def test_a_missing_checkpoint_names_the_command_that_makes_it(benchmark, tmp_pat
         benchmark.main([])
 
 
-@pytest.mark.slow
-def test_evaluate_end_to_end(tmp_path, capsys):
+def test_identical_answers_by_hand():
+    expected = [("mî", 2), ("ta", 1), ("", 0)]
+    assert evaluate.identical([{"answers": expected}], expected) == 3
+    other = [("mî", 3), ("ta", 1), ("", 0)]  # another number of tokens; a side that tells none can't differ in it
+    assert evaluate.identical([{"answers": expected}, {"answers": other}], expected) == 2
+    assert evaluate.identical([{"answers": [("mî", None), ("to", None), ("", None)]}], expected) == 2
+
+
+# lm-evaluation-harness as far as the benchmark uses it: prompts as text, left-padded in the order given. Its second
+# answer has a letter too many.
+LM_EVAL = {
+    "lm_eval/__init__.py": "",
+    "lm_eval/api/__init__.py": "",
+    "lm_eval/models/__init__.py": "",
+    "lm_eval/api/instance.py": """
+class Instance:
+    def __init__(self, request_type, doc, arguments, idx):
+        assert request_type == "generate_until"
+        self.args = arguments
+""",
+    "lm_eval/models/huggingface.py": """
+import transformers
+print("libraries print where they like")
+class HFLM:
+    def __init__(self, pretrained, peft, tokenizer, revision, device, dtype, batch_size, add_bos_token):
+        assert (peft, revision, dtype, batch_size, add_bos_token) == (None, "main", "float32", 4, False)
+        self.model = transformers.AutoModelForCausalLM.from_pretrained(pretrained).eval()
+        self.tokenizer = transformers.AutoTokenizer.from_pretrained(tokenizer, padding_side="left")
+    def tok_encode(self, text):
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+    def tok_decode(self, tokens, skip_special_tokens=True):
+        return self.tokenizer.decode(tokens, skip_special_tokens=skip_special_tokens)
+    def generate_until(self, requests):
+        texts, options = [request.args[0] for request in requests], requests[0].args[1]
+        assert options.pop("until") == ["<|im_end|>"]
+        inputs = self.tokenizer(texts, add_special_tokens=False, padding=True, return_tensors="pt")
+        output = self.model.generate(
+            **inputs, max_new_tokens=options.pop("max_gen_toks"), pad_token_id=2, **options
+        )[:, inputs["input_ids"].shape[1] :]
+        answers = [self.tok_decode(line) for line in output]
+        return [text + "x" * (index == 1) for index, text in enumerate(answers)]
+""",
+}
+
+
+@pytest.fixture
+def environment(tmp_path):
+    """A function that makes the environment of a stub of lm-eval and tells its Python."""
+
+    def make(files: dict[str, str], **versions: str) -> str:
+        venv.create(tmp_path / "venv", symlinks=True)
+        packages = tmp_path / "venv" / "lib" / f"python{sys.version_info[0]}.{sys.version_info[1]}" / "site-packages"
+        for name, text in files.items():
+            (packages / name).parent.mkdir(parents=True, exist_ok=True)
+            (packages / name).write_text(text)
+        for name, number in versions.items():
+            (packages / f"{name}-{number}.dist-info").mkdir()
+            metadata = f"Metadata-Version: 2.1\nName: {name}\nVersion: {number}\n"
+            (packages / f"{name}-{number}.dist-info" / "METADATA").write_text(metadata)
+        (packages / "project.pth").write_text(sysconfig.get_path("purelib"))  # torch and the rest
+        return str(tmp_path / "venv" / "bin" / "python")
+
+    return make
+
+
+def evaluate_tiny(tmp_path, *arguments):
     model, output = tiny.checkpoint(tmp_path / "model"), tmp_path / "new" / "evaluate.json"
     evaluate.main(
         ["--model", str(model), "--dataset", str(PLANTED), "--output", str(output), "--num_samples", "6",
-         "--max_new_tokens", "5", "--batch_sizes", "4", "--repeats", "1", "--threads", "1"]
+         "--max_new_tokens", "5", "--batch_sizes", "4", "--repeats", "1", "--threads", "1", *arguments]
     )  # fmt: skip
-    report = json.loads(output.read_text())
-    assert list(report["results"]) == ["one by one", "batches of 4"]
-    for entry in report["results"].values():
-        assert entry["identical"] == entry["of"] == 6
+    return json.loads(output.read_text())
+
+
+@pytest.mark.slow
+def test_evaluate_end_to_end(tmp_path, capsys, environment):
+    python = environment(LM_EVAL, lm_eval="0.4.13")
+    report = evaluate_tiny(tmp_path, "--lm_eval_python", python)
+    results = report["results"]
+    assert list(results) == ["one by one", "batches of 4", "lm-eval, 4"]
+    for entry in results.values():
+        assert entry["of"] == 6
         assert entry["peak_bytes"] > 100_000_000  # torch alone
         assert entry["samples_per_second"] == pytest.approx(6 / entry["seconds"])
-    assert "6 of 6" in capsys.readouterr().out
+    assert [entry["identical"] for entry in results.values()] == [6, 6, 5]
+    assert results["lm-eval, 4"]["identical_to_ours"] == 5
+    assert results["lm-eval, 4"]["tokens_per_second"] is None
+    assert results["batches of 4"]["speed_over_lm_eval_each"] == [
+        pytest.approx(results["lm-eval, 4"]["seconds"] / results["batches of 4"]["seconds"])
+    ]
+    assert report["lm_eval_versions"]["lm_eval"] == "0.4.13"
+    printed = capsys.readouterr().out
+    assert "6 of 6" in printed
+    assert "5 of 6 (5 as ours)" in printed
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (REPOSITORY / ".venv-lm-eval").exists(), reason="benchmarks/README.md makes it")
+def test_lm_eval_itself_gives_the_same_answers(tmp_path):
+    report = evaluate_tiny(tmp_path, "--lm_eval_python", str(REPOSITORY / ".venv-lm-eval" / "bin" / "python"))
+    assert report["results"]["lm-eval, 4"]["identical_to_ours"] == 6
+
+
+def test_other_token_ids_and_a_failure_of_lm_eval_are_errors(tmp_path, environment, capfd):
+    backend = "lm_eval/models/huggingface.py"
+    doubled = LM_EVAL[backend].replace("return self.tokenizer(text", "return 2 * self.tokenizer(text")
+    python = environment(LM_EVAL | {backend: doubled})
+    model = tiny.checkpoint(tmp_path / "model")
+    question = [{"role": "user", "content": "What is stone?"}]
+    with pytest.raises(StoneyError, match="1/1 lm-eval, 4: failed with code 1"):
+        evaluate.answer_lm_eval("1/1 lm-eval, 4", python, str(model), [question], 4, 5, 1)
+    assert "other token ids of 1 of 1 prompts" in capfd.readouterr().err
+
+
+def test_an_environment_without_lm_eval_or_with_other_libraries_is_refused(tmp_path, environment):
+    with pytest.raises(StoneyError, match=r"can't be run \(No such file.*pip install -c requirements.txt 'lm-eval"):
+        evaluate.check_lm_eval(str(tmp_path / "python"))
+    with pytest.raises(StoneyError, match="has no lm-eval.*python -m venv"):
+        evaluate.check_lm_eval(sys.executable)
+    python = environment({}, lm_eval="0.4.13", transformers="4.1.0")
+    with pytest.raises(StoneyError, match=r"transformers 4\.1\.0, but 5.* here"):
+        evaluate.check_lm_eval(python)
 
 
 @pytest.mark.slow

@@ -86,7 +86,25 @@ def test_a_comparison_by_hand(tmp_path):
     text = policy.as_text(comparison).splitlines()
     assert text[0] == "greedy answers to 10 held-out prompts (10 lexeme groups), after 0 and 20 updates:"
     assert text[2].split()[:6] == ["form", "accuracy", "0.30", "->", "0.80", "+0.50"]
+    assert text[4].split() == ["tokens", "an", "answer", "3.0", "->", "3.0"]
     assert text[-1] == "✓ no sign that the reward was gamed"
+
+
+def test_too_few_prompts_to_tell_and_no_negative_zero(tmp_path):
+    few = policy.HeldOut(rows()[:3], [Task.of(row) for row in rows()[:3]], lambda tasks, texts: [{"total": -1e-9}] * 3,
+                         lambda: [("wrong", 3, False)] * 3, tmp_path / "few.jsonl")  # fmt: skip
+    few.measure(0)
+    few.measure(1)
+    text = policy.as_text(few.compare(seed=0))
+    assert "too few held-out prompts" in text and "✓" not in text and "-0.00" not in text
+    assert "(too few to tell, n = 3)" in text
+
+
+def test_a_reward_that_scores_nothing_is_said(tmp_path):
+    found = held_out(tmp_path, [ANSWERS, ANSWERS], [[0.0] * 10, [None] * 10])
+    found.measure(0)
+    found.measure(1)
+    assert policy.as_text(found.compare(seed=0)).splitlines()[1].split() == ["reward", "0.000", "->", "unscored"]
 
 
 def test_all_right_is_100(tmp_path):
@@ -126,11 +144,20 @@ def test_nothing_happened():
 def test_the_reward_rose_and_the_answers_did_not():
     (sign,) = signs(reward=difference(0.3), forms=difference(0.0), chrf=difference(-2.0))
     assert sign == (
-        "the reward rose by 0.30, and form accuracy (+0.00) and chrF++ (-2.00) did not: "
+        "the reward rose by 0.300, and form accuracy (+0.00) and chrF++ (-2.00) did not clearly rise with it: "
         "what is paid is not what is wanted"
     )
     (sign,) = signs(reward=difference(0.3), chrf=difference(-2.0))  # rows that ask for no form
     assert "and chrF++ (-2.00) did not" in sign
+    by_chance = {"forms": difference(0.02, conclusive=False), "chrf": difference(0.4)}
+    assert len(signs(reward=difference(0.3), **by_chance)) == 1  # a crumb, and one that may be luck, are no rise
+
+
+def test_what_the_reward_can_no_longer_score():
+    last = policy.Measurement(1, list(DIFFERENT), [None, None, *[0.0] * 6], [0.0] * 8, [10] * 8, [False] * 8)
+    (sign,) = signs(last=last)
+    assert sign == "the reward could not score 2 of 8 answers, more than before"
+    assert signs(last, last) == []
 
 
 @pytest.mark.parametrize(
@@ -186,8 +213,8 @@ def test_signs_are_listed(tmp_path):
     comparison = found.compare(seed=0)
     assert len(comparison["signs"]) == 2
     lines = policy.as_text(comparison).splitlines()[-2:]
-    assert lines[0].startswith("✗ sign of gaming: the reward rose by 1.00")
-    assert lines[1] == "✗ sign of gaming: 100% of the prompts get one answer: 'tâlo'"
+    assert lines[0].startswith("✗ sign of gaming or collapse: the reward rose by 1.000")
+    assert lines[1] == "✗ sign of gaming or collapse: 100% of the prompts get one answer: 'tâlo'"
 
 
 def test_a_picture(tmp_path):

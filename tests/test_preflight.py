@@ -20,7 +20,8 @@ from stoney_rl.preflight import BatchPlan, Sampled, expected_memory, plan_batch
         ((6, 3), BatchPlan(2, 6, 1)),
         ((2, 2), BatchPlan(1, 2, 1)),
         ((14, 7, 2), BatchPlan(2, 7, 1)),
-        ((34, 17), BatchPlan(2, 1, 34)),  # only 17, or one at a time, goes into 34
+        ((34, 17), BatchPlan(2, 17, 2)),  # a group without a good divisor is taken whole
+        ((36, 6, 4), BatchPlan(6, 3, 3)),
     ],
 )
 def test_a_plan(given, plan):
@@ -131,7 +132,7 @@ def test_what_was_sampled_is_told():
         groups=4, without_spread=3, truncated=0.25, tokens=[2, 4], rewards=[0.5, 0.25], seconds=1.0, examples=[]
     )
     assert str(found) == (
-        "3 of 4 groups without spread (they teach nothing), 25% of the completions cut at the limit, "
+        "3 of 4 groups have no spread and would teach nothing, 25% of the completions cut at the limit, "
         "3 tokens a completion (longest 4), mean reward 0.375"
     )
     nothing = Sampled(4, 4, 0.0, [1], [], 1.0, [])

@@ -322,7 +322,7 @@ def test_held_out_answers_are_measured(trained):
     assert (reward["before"], reward["after"]) == pytest.approx((first, last))
     assert reward["difference"]["value"] == pytest.approx(last - first)
     text = (trained / "out/report.txt").read_text(encoding="utf-8")
-    assert text.startswith("greedy answers to 6 held-out prompts") and "did not move" not in text
+    assert "\ngreedy answers to 6 held-out prompts" in text and "did not move" not in text
     assert (trained / "out/report.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -427,7 +427,9 @@ def test_a_forced_hack_is_seen_in_the_report(here, capsys):
     first, last = (statistics.fmean(line["tokens"] for line in rollouts if line["step"] == step) for step in (1, 12))
     assert last > 1.5 * first
     text = Path("out/report.txt").read_text(encoding="utf-8")
-    assert "✗ sign of gaming: the reward rose by " in text and "did not: what is paid is not what is wanted" in text
+    assert "✗ sign of gaming or collapse: the reward rose by " in text
+    assert "did not clearly rise with it: what is paid is not what is wanted" in text
+    assert "✗ trained on a reward that can be gamed: " in text
     assert "times as long: 0 and 6 tokens" in text and "of the answers never end, 0% before" in text
     stage = read("out/stage.json")
     assert stage["reward"]["problems"] and stage["parent"]["path"] == stage["base_model"] == "base"
@@ -446,13 +448,16 @@ def test_a_reward_that_pays_nothing_moves_nothing_and_says_so(here, capsys, monk
     said = capsys.readouterr().out
     train_grpo.main([*argv, "--resume"])
     printed = capsys.readouterr().out
-    assert "2 of 2 groups without spread" in said and "no group can teach anything" in said
+    assert "2 of 2 groups have no spread" in said and "no group can teach anything" in said
     assert "continuing after out_ckpt.partial/checkpoint-1" in printed
     assert any(
         "as much as an honest answer" in problem or "same for every" in problem
         for problem in read("out/stage.json")["reward"]["problems"]
     )
-    assert "✗ the policy did not move: in no step did the completions of any prompt earn different rewards" in printed
+    assert (
+        "✗ the policy did not move: no update changed a weight; in no step did the completions of any prompt earn different"
+        in printed
+    )
     assert "did not move" in Path("out/report.txt").read_text(encoding="utf-8")
     parent, policy = (tensors(f"{name}/model.safetensors") for name in ("sft_merged", "out"))
     assert all((parent[name] == policy[name]).all() for name in parent)

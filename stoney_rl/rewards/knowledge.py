@@ -1,5 +1,6 @@
 """What is known about the language: attested words, and how forms are built. It comes from data, never from code."""
 
+import hashlib
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -43,6 +44,12 @@ class Knowledge:
                 stems[key] = fold(entry.stem)
         morphs = frozenset(morph for parts in segments.values() for morph in parts)
         return cls(frozenset(attested), tuple(forms), morphs, segments, stems)
+
+    @property
+    def sha256(self) -> str:
+        """Tells this knowledge from any other."""
+        known = [sorted(self.attested), self.forms, sorted(self.segments.items()), sorted(self.stems.items())]
+        return hashlib.sha256(repr(known).encode()).hexdigest()
 
     def has(self, word: str) -> bool:
         """Whether a folded word is one of the language, or a morph of one."""
