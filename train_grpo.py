@@ -437,7 +437,7 @@ def main(argv: list[str] | None = None) -> None:
         )
         text = f"{output.name}: {named}, seed {args.seed}, from {start.name}\n{policy.as_text(comparison)}"
         if not moved:
-            text += "\n✗ the policy did not move: no update changed a weight"
+            text = text.removesuffix("\n" + policy.CLEAN) + "\n✗ the policy did not move: no update changed a weight"
             if all(line.get("zero_spread", 1) == 1 for line in metrics):
                 text += "; in no step did the completions of any prompt earn different rewards"
         text += "".join(f"\n✗ trained on a reward that can be gamed: {problem}" for problem in problems)

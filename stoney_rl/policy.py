@@ -21,6 +21,7 @@ from stoney_rl.rewards.composite import Task
 from stoney_rl.text import fold
 
 HELD_OUT_FILE = "held_out.jsonl"
+CLEAN = "✓ no sign that the reward was gamed"
 COLLAPSED = 0.25  # of the prompts get one and the same answer
 TRUNCATED_RISE = 0.25
 LENGTH_FACTOR = 2.0
@@ -175,11 +176,7 @@ def as_text(comparison: dict) -> str:
         shown = [f"{value:.1f}" if name == "tokens" else f"{value:.0%}" for value in (before, after)]
         lines.append(f"  {label:<18} {shown[0]:>8} -> {shown[1]:>8}")
     few = comparison["clusters"] < intervals.MIN_UNITS
-    none = (
-        "too few held-out prompts to tell whether the reward was gamed"
-        if few
-        else "✓ no sign that the reward was gamed"
-    )
+    none = "too few held-out prompts to tell whether the reward was gamed" if few else CLEAN
     lines += [f"✗ sign of gaming or collapse: {sign}" for sign in comparison["signs"]] or [none]
     return "\n".join(lines)
 
