@@ -21,10 +21,11 @@ Exit codes: 0 done, 1 --verify found a difference, 2 bad input, 130 interrupted.
 
 import argparse
 import json
+import shutil
 import time
 from pathlib import Path
 
-from stoney_rl import checkpoints, cli, runs, tracking
+from stoney_rl import checkpoints, cli, runs, terminal, tracking
 from stoney_rl.errors import StoneyError
 from stoney_rl.metrics.systems import RESULTS_FILE, check, describe, find_all, first_ancestor, short_name
 from stoney_rl.models import ModelSource, find_model, resolve_unpublished
@@ -40,7 +41,7 @@ SCORING = {"resamples", "lexicon", "run_comet", "comet_model", "run_mauve", "mau
 NOT_IDENTITY = SCORING | {
     "overwrite", "config", "batch_size", "output_dir", "model_path", "baseline", "verify", "comet_timeout",
 }  # fmt: skip
-EXAMPLES = 10
+EXAMPLES = 5
 MIN_RESAMPLES = 100  # as metrics.intervals asks for, but before anything is generated
 
 
@@ -351,6 +352,14 @@ def summary(results: dict, answers: dict[str, list[dict]]) -> str:
         parts.append("\n".join(lines))
     if results["comparison"]:
         parts.append(comparison.verdicts(results["comparison"], about=model_name))
+    counted = results["errors"] or {}
+    if counted and counted[model_name]["asked"]:
+        hits = ", ".join(f"{name} {counted[name]['hits']}" for name in shown)
+        sentence = (
+            f"Answers with every word of the language that they were asked for, of {counted[model_name]['asked']}: {hits}. "
+            "chrF++ is likeness to the expected answer as a whole, most of which may be English."
+        )
+        parts.append("\n".join(terminal.wrap(sentence, shutil.get_terminal_size((100, 24)).columns, "  ")))
     return "\n\n".join(parts)
 
 
