@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING
 
 from stoney_rl import terminal
 from stoney_rl.errors import StoneyError
-from stoney_rl.metrics import bleu, chrf, intervals, report
+from stoney_rl.metrics import bleu, chrf, intervals, picture, report
 from stoney_rl.text import normalize
 
 if TYPE_CHECKING:
@@ -233,14 +233,7 @@ def plot(compared: dict, path: str | Path, *, title: str) -> Path:
     figure.suptitle(title, fontsize=12)
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
-    path = Path(path)
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        figure.savefig(partial, format="png", metadata={"Software": None})
-        partial.replace(path)
-    except OSError as error:
-        raise StoneyError(f"plot: can't write {path}: {error.strerror}; choose a folder that exists") from error
-    return path
+    return picture.save(figure, path)
 
 
 def sacrebleu_test(

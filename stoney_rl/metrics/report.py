@@ -16,7 +16,7 @@ from pathlib import Path
 
 from stoney_rl import terminal
 from stoney_rl.errors import StoneyError
-from stoney_rl.metrics import forms
+from stoney_rl.metrics import forms, picture
 from stoney_rl.metrics.retrieval import question_of
 from stoney_rl.text import fold, normalize
 
@@ -229,14 +229,7 @@ def plot(results: dict[str, dict], path: str | Path, *, title: str | None = None
     figure.suptitle(title or "Scores with 95% intervals over the choice of test rows", fontsize=12)
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
-    path = Path(path)
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        figure.savefig(partial, format="png", metadata={"Software": None})
-        partial.replace(path)
-    except OSError as error:
-        raise StoneyError(f"plot: can't write {path}: {error.strerror}; choose a folder that exists") from error
-    return path
+    return picture.save(figure, path)
 
 
 def rows_sha256(rows: Sequence[dict]) -> str:

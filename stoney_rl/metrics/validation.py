@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 
 from stoney_rl import terminal
 from stoney_rl.errors import StoneyError
-from stoney_rl.metrics import corruption, intervals
+from stoney_rl.metrics import corruption, intervals, picture
 from stoney_rl.metrics.report import lexeme_clusters
 from stoney_rl.metrics.score import Score
 from stoney_rl.metrics.suite import Gold, Metric
@@ -281,14 +281,7 @@ def plot(report: dict, path: str | Path) -> Path:
         for kind, (colour, marker) in zip(report["units"], _STYLES, strict=True)
     ]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False, fontsize=9)
-    path = Path(path)
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        figure.savefig(partial, format="png", metadata={"Software": None})
-        partial.replace(path)
-    except OSError as error:
-        raise StoneyError(f"plot: can't write {path}: {error.strerror}; choose a folder that exists") from error
-    return path
+    return picture.save(figure, path)
 
 
 def _draw(panel, found: dict, levels: Sequence[float]) -> None:
