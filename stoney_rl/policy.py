@@ -206,10 +206,10 @@ def plot(metrics: Sequence[dict], measurements: Sequence[Measurement], path: Pat
     ((reward, quality), (groups, drift)) = figure.subplots(2, 2, sharex=True)
     figure.suptitle(title)
 
-    def line(axes, name: str, label: str) -> None:
+    def line(axes, name: str, label: str, **style: str) -> None:
         points = [(entry["step"], entry[name]) for entry in metrics if entry.get(name) is not None]
         if points:
-            axes.plot(*zip(*points, strict=True), label=label, linewidth=1.2)
+            axes.plot(*zip(*points, strict=True), label=label, linewidth=1.2, **style)
 
     def held_out(axes, name: str, label: str) -> None:
         points = [(one.step, one.summary()[name]) for one in measurements if name in one.summary()]
@@ -225,9 +225,10 @@ def plot(metrics: Sequence[dict], measurements: Sequence[Measurement], path: Pat
     line(groups, "completions/clipped_ratio", "truncated")
     held_out(groups, "most_common_answer", "most common answer")
     line(drift, "entropy", "entropy (left)")
-    divergence = drift.twinx()
-    divergence._get_lines = drift._get_lines  # one cycle of colours
-    line(divergence, "kl", "KL to the start (right)")
+    divergence = drift.twinx() if any(entry.get("kl") is not None for entry in metrics) else None
+    if divergence:
+        line(divergence, "kl", "KL to the start (right)", color="C1")
+        divergence.set_ylabel("nats a token")
     for axes, name, heading in (
         (reward, "reward", "What is paid"),
         (quality, "share", "What is wanted"),
@@ -239,10 +240,9 @@ def plot(metrics: Sequence[dict], measurements: Sequence[Measurement], path: Pat
         axes.grid(alpha=0.3)
         if name == "share":
             axes.set_ylim(-0.03, 1.03)
-        lines = [*axes.lines, *(divergence.lines if axes is drift else ())]
+        lines = [*axes.lines, *(divergence.lines if divergence and axes is drift else ())]
         if lines:
             axes.legend(handles=lines, fontsize=8)
-    divergence.set_ylabel("nats a token")
     for axes in (groups, drift):
         axes.set_xlabel("updates")
     figure.savefig(path, dpi=130)
