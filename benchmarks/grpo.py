@@ -26,16 +26,14 @@ import argparse
 import json
 import random
 import statistics
-import sysconfig
 import tempfile
 import time
 from dataclasses import asdict
 
 from benchmarks import measure
-from benchmarks.sft import environment, flags, megabytes, readable
+from benchmarks.sft import environment, find_trl, flags, megabytes, readable
 from stoney_rl import checkpoints, cli
 from stoney_rl.errors import StoneyError
-from stoney_rl.models import find_model
 
 ROOT = Path(__file__).resolve().parent.parent
 TRL, TRL_FAST, OURS = "trl grpo", "trl grpo, no checkpointing", "train_grpo.py"
@@ -69,14 +67,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> None:
     args = cli.parse_args(build_parser(), argv)
-    source = find_model(args.model)
-    if source.kind == "adapter":
-        raise StoneyError(f"--model {args.model}: an adapter; name its merged directory")
-    trl = Path(sysconfig.get_path("scripts")) / "trl"
-    if not trl.exists():
-        raise StoneyError(f"{trl}: no such program; install the requirements with: make setup")
-    if Path(args.output).is_dir():
-        raise StoneyError(f"--output {args.output}: a directory; name a file")
+    trl = find_trl(args)
     machine = measure.machine(args.threads)
     print(f"{machine['cpu']}, {machine['cores']} cores, torch threads {args.threads}")
     notice = measure.load_notice(machine["load"], machine["cores"])

@@ -111,14 +111,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> None:
     args = cli.parse_args(build_parser(), argv)
-    source = find_model(args.model)
-    if source.kind == "adapter":
-        raise StoneyError(f"--model {args.model}: an adapter; name its merged directory")
-    trl = Path(sysconfig.get_path("scripts")) / "trl"
-    if not trl.exists():
-        raise StoneyError(f"{trl}: no such program; install the requirements with: make setup")
-    if Path(args.output).is_dir():
-        raise StoneyError(f"--output {args.output}: a directory; name a file")
+    trl = find_trl(args)
     from tqdm import tqdm
 
     machine = measure.machine(args.threads)
@@ -174,6 +167,19 @@ def main(argv: list[str] | None = None) -> None:
     Path(args.output).parent.mkdir(parents=True, exist_ok=True)
     checkpoints.write_json(Path(args.output), report)
     print(f"{args.output}: the same, with every run, versions and machine")
+
+
+def find_trl(args: argparse.Namespace) -> Path:
+    """TRL's program. Raises ``StoneyError`` if it or the model is missing, or the result has no place to go."""
+    source = find_model(args.model)
+    if source.kind == "adapter":
+        raise StoneyError(f"--model {args.model}: an adapter; name its merged directory")
+    trl = Path(sysconfig.get_path("scripts")) / "trl"
+    if not trl.exists():
+        raise StoneyError(f"{trl}: no such program; install the requirements with: make setup")
+    if Path(args.output).is_dir():
+        raise StoneyError(f"--output {args.output}: a directory; name a file")
+    return trl
 
 
 def prepare(args: dict, work: Path) -> Workload:
