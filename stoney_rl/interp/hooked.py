@@ -138,23 +138,25 @@ class HookedModel:
         self,
         batch: Batch,
         *,
-        read: Iterable[str] = (),
+        read: Iterable[str] | Mapping[str, Edit] = (),
         edit: Mapping[str, Edit] | None = None,
         stop_at_layer: int | None = None,
     ) -> Run:
         """One forward pass without gradients; keeps the activations in ``read``, as they are after the edits.
 
-        ``edit``: hook name -> a function from the activation to its replacement, of the same shape. ``stop_at_layer``:
+        ``read`` as a mapping, hook name -> function: what the function makes of the activation is kept in its place, so
+        that a pass over long rows need not hold what is only summed up. ``edit``: hook name -> a function from the activation to its replacement, of the same shape. ``stop_at_layer``:
         the first layer that is not computed (saves time; no logits then). Raises ``StoneyError`` for a hook that does
         not exist (with the nearest name), one that does not fire in this model, and an edit that works in place, returns
         nothing or another shape.
         """
-        read, edit = list(dict.fromkeys(read)), dict(edit or {})
+        read = dict(read) if isinstance(read, Mapping) else dict.fromkeys(read, _as_it_is)
+        edit = dict(edit or {})
         self._require(*read, *edit)
         kept: dict[str, torch.Tensor] = {}
         fired: set[str] = set()
         hooks = [(name, _editor(name, function, fired)) for name, function in edit.items()]
-        hooks += [(name, _reader(name, kept)) for name in read]
+        hooks += [(name, _reader(name, function, kept)) for name, function in read.items()]
         with torch.no_grad():
             out = self._forward(batch, hooks, stop_at_layer)
         self._require_fired([name for name in edit if name not in fired] + [name for name in read if name not in kept])
@@ -247,9 +249,13 @@ class HookedModel:
             return self.bridge.unembed(self.bridge.ln_final(residual))
 
 
-def _reader(name: str, kept: dict[str, torch.Tensor]) -> Callable:
+def _as_it_is(activation: torch.Tensor) -> torch.Tensor:
+    return activation
+
+
+def _reader(name: str, function: Edit, kept: dict[str, torch.Tensor]) -> Callable:
     def hook(activation: torch.Tensor, hook: object) -> None:
-        kept[name] = activation.detach()
+        kept[name] = function(activation.detach())
 
     return hook
 
@@ -309,6 +315,18 @@ def hook_model(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", n
     duplicate = copy.deepcopy(model).eval()
     duplicate.zero_grad(set_to_none=True)
     return _open(duplicate, tokenizer, name, None)
+
+
+def random_hooked(model: HookedModel, seed: int) -> HookedModel:
+    """A model of the same shape with random weights, as its architecture initialises them: what no training gives."""
+    from transformers import AutoModelForCausalLM
+
+    config = copy.deepcopy(model.bridge.original_model.config)
+    devices = [model.device] if model.device.type == "cuda" else []
+    with torch.random.fork_rng(devices):
+        torch.manual_seed(seed)
+        fresh = AutoModelForCausalLM.from_config(config, dtype=model.dtype).eval().to(model.device)
+    return _open(fresh, model.tokenizer, f"random-{seed}", None)
 
 
 def _open(
