@@ -32,7 +32,10 @@ if TYPE_CHECKING:
 
 # What the hooked model's logits may differ by from the checkpoint's, as a share of its largest logit. fp32: rounding of
 # another order of sums; the half precisions have 8 and 11 bits.
-TOLERANCE = {torch.float32: checkpoints.LOGIT_TOLERANCE, torch.bfloat16: 2e-2, torch.float16: 4e-3}
+TOLERANCE = dict.fromkeys((torch.float32, torch.float64), checkpoints.LOGIT_TOLERANCE) | {
+    torch.bfloat16: 2e-2,
+    torch.float16: 4e-3,
+}
 
 Edit = Callable[[torch.Tensor], torch.Tensor]
 
@@ -198,9 +201,14 @@ class HookedModel:
 
     def _forward(self, batch: Batch, hooks: list, stop_at_layer: int | None) -> torch.Tensor:
         batch = batch.to(self.device)
-        return self.bridge.run_with_hooks(
-            batch.ids, fwd_hooks=hooks, attention_mask=batch.mask, stop_at_layer=stop_at_layer
-        )
+        try:
+            return self.bridge.run_with_hooks(
+                batch.ids, fwd_hooks=hooks, attention_mask=batch.mask, stop_at_layer=stop_at_layer
+            )
+        except ValueError as error:
+            if not str(error).startswith("Cannot add hook"):
+                raise
+            raise StoneyError(f"{self.name}: a hook that does not fire in this pass: {error}") from error
 
     def _require(self, *names: str) -> None:
         known = self.bridge.hook_dict
@@ -214,7 +222,7 @@ class HookedModel:
         if silent:
             raise StoneyError(
                 f"{self.name}: {', '.join(silent)}: exists but did not fire in this pass "
-                "(past stop_at_layer, or never computed in this architecture); what it would show is not there"
+                "(past stop_at_layer, or never computed in this architecture)"
             )
 
     @property
