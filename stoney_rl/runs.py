@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 IDENTITY_FILE = "identity.json"
 TRACKING_FILE = "tracking.json"
+MEASURED = "measured"  # folder in which an analysis keeps what it has measured
 
 
 def is_main() -> bool:
@@ -103,7 +104,7 @@ def is_finished(outputs: list[Path], identity: dict, *, overwrite: bool, record:
 def open_partial(output: Path, identity: dict, *, resume: bool, overwrite: bool) -> Path:
     """Make or reopen the directory of the unfinished run.
 
-    One that holds no checkpoint and no answers yet is made anew. Raises ``StoneyError`` if there is one that does and
+    One that holds no checkpoint, no answers and no measurements yet is made anew. Raises ``StoneyError`` if there is one that does and
     neither ``resume`` nor ``overwrite`` is said, if it was started with other arguments, and if it cannot be written.
     """
     partial = partial_directory(output)
@@ -175,7 +176,9 @@ def relaunch_on_gpus(number: int | None) -> None:
 
 
 def _holds_work(partial: Path) -> bool:
-    return last_checkpoint(partial) is not None or any(partial.rglob("predictions.jsonl"))
+    return last_checkpoint(partial) is not None or any(
+        any(partial.rglob(name)) for name in ("predictions.jsonl", f"{MEASURED}/**/*.json")
+    )
 
 
 def _read(path: Path) -> dict | None:

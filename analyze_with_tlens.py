@@ -1,0 +1,324 @@
+"""Look inside a checkpoint with TransformerLens: which heads, neurons and paths do the work, and can it be believed?
+
+    python analyze_with_tlens.py --model_path stoney_lora_merged --compare checkpoints/smollm2-135m --lexicon prepared
+    python analyze_with_tlens.py --model_path stoney_rl_grpo --compare base checkpoints/smollm2-135m \\
+        --families lookup lookup_english --num_pairs 24 --tasks attention patching lens
+    python analyze_with_tlens.py --model_path demo/planted_merged --compare base --lexicon data/planted/lexicon.jsonl --families affix
+    python analyze_with_tlens.py --model_path stoney_lora_merged --pairs pairs.jsonl --sample_text "What does it mean?"
+
+Reads: checkpoint directories (adapter or merged) or hub ids; prompt pairs from a file, or built from a lexicon without the
+words that any of the models was trained on. README-TLens.md explains pairs, tasks and pictures.
+Writes --output_dir: report.html (one file, needs no network), results.json, summary.txt, PNGs, and measured/ with the values
+of every pair. An analysis that was stopped goes on where it was; a finished one is shown again.
+Exit codes: 0 done, 1 an invariant does not hold, so that figures can't be believed, 2 bad input, 130 interrupted.
+"""
+
+import argparse
+import functools
+import shutil
+import sys
+import textwrap
+from pathlib import Path
+
+from stoney_rl import checkpoints, cli, runs, tracking
+from stoney_rl.errors import StoneyError
+from stoney_rl.metrics.systems import base_of, describe, short_name
+from stoney_rl.models import ModelSource, find_model, resolve_unpublished
+
+RESULTS_FILE, SUMMARY_FILE, REPORT_FILE = "results.json", "summary.txt", "report.html"
+EXIT_NOT_TO_BE_BELIEVED = 1
+TASKS = ("attention", "attribution", "lens", "tuned_lens", "patching", "ablation", "neurons", "circuit")
+FAMILIES = ("lookup", "lookup_form", "lookup_english", "recall", "affix")
+# Arguments that change no number.
+NOT_IDENTITY = {"overwrite", "config", "output_dir", "batch_size", "model_path", "compare"}
+MAX_SHOWN_TOKENS = 120  # of the sample text: a pattern is drawn for every head
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = cli.make_parser(__doc__)
+    parser.add_argument("--model_path", required=True, help="checkpoint directory (adapter or merged) or hub id")
+    parser.add_argument("--compare", nargs="+", default=[], metavar="CHECKPOINT",
+                        help="measure these too, on the same pairs; 'base': what the model was trained from")  # fmt: skip
+    parser.add_argument("--output_dir", help="default: analysis/<model>")
+    parser.add_argument("--overwrite", action="store_true", help="replace earlier results in the output directory")
+
+    asked = parser.add_argument_group("what is asked")
+    asked.add_argument(
+        "--pairs", metavar="FILE", help="prompt pairs, JSON lines (README-TLens.md); default: built from the lexicon"
+    )
+    asked.add_argument(
+        "--lexicon", help="lexicon file or prepared directory; default: the one that the model was trained on"
+    )
+    asked.add_argument(
+        "--families",
+        nargs="+",
+        choices=FAMILIES,
+        help="of built pairs; default: affix where the lexicon has stems, else lookup",
+    )
+    asked.add_argument(
+        "--num_pairs", type=cli.positive_int, default=24, help="built pairs a family; each of two words of its own"
+    )
+    asked.add_argument("--include_trained", action="store_true", help="also words that a model was trained on")
+    asked.add_argument(
+        "--sample_text", help="text whose attention and lens are drawn; default: the first pair's prompt"
+    )
+
+    measured = parser.add_argument_group("what is measured")
+    measured.add_argument(
+        "--tasks", nargs="+", choices=["all", *TASKS], default=["all"], help="ablation includes patching"
+    )
+    measured.add_argument(
+        "--layers", type=layer_range, metavar="A-B", help="layers of the PNGs of attention; default: all"
+    )
+    measured.add_argument(
+        "--heads",
+        nargs="+",
+        type=head_name,
+        default=[],
+        metavar="LAYER.HEAD",
+        help="heads to test and draw besides the strongest",
+    )
+    measured.add_argument(
+        "--top_k", type=cli.positive_int, default=10, help="heads and neurons that are tested and shown"
+    )
+    measured.add_argument("--random_models", type=cli.non_negative_int, default=2,
+                          help="models with random weights, whose largest effect is the floor of a finding; 0: none")  # fmt: skip
+    measured.add_argument(
+        "--batch_size", type=cli.positive_int, default=16, help="prompts at a time; changes memory, not numbers"
+    )
+    measured.add_argument(
+        "--dtype", choices=["fp32", "bf16", "fp16"], default="fp32", help="half precision doubts small effects"
+    )
+    measured.add_argument("--device", help="cuda, cpu, ...; default: a GPU if there is one")
+    measured.add_argument("--seed", type=cli.non_negative_int, default=0, help="pairs, halves, random heads, resamples")
+    measured.add_argument(
+        "--trace",
+        metavar="DIR",
+        help="directory of a run trained with --trace_every, for the slider; default: the model's own",
+    )
+    cli.add_tracking_flags(parser)
+    return parser
+
+
+def layer_range(text: str) -> tuple[int, int]:
+    """argparse type: '3' or '3-7', as (3, 3) or (3, 7)."""
+    first, dash, last = text.partition("-")
+    try:
+        found = int(first), int(last) if dash else int(first)
+    except ValueError:
+        found = (1, 0)
+    if not 0 <= found[0] <= found[1]:
+        raise argparse.ArgumentTypeError(f"expected a layer or a range such as 3-7, got {text}")
+    return found
+
+
+def head_name(text: str) -> tuple[int, int]:
+    """argparse type: 'layer.head', both counted from 0."""
+    parts = text.split(".")
+    if len(parts) != 2 or not all(part.isdecimal() for part in parts):
+        raise argparse.ArgumentTypeError(f"expected layer.head such as 3.7, both counted from 0, got {text}")
+    return int(parts[0]), int(parts[1])
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = cli.parse_args(build_parser(), argv)
+    tracking.load_env()
+
+    # 1. The models: the one that is asked about first.
+    sources = find_models(args)
+    for name, source in sources.items():
+        print(f"{name}:", *(f"  {line}" for line in checkpoints.lineage(Path(source.name))), sep="\n")
+
+    # 2. What they are asked: pairs, a sample text, other texts; the same of all.
+    from stoney_rl.interp import analysis, plots, report, summary
+    from stoney_rl.models import load_tokenizer
+
+    tokenizers = {name: load_tokenizer(source) for name, source in sources.items()}
+    check_vocabularies(tokenizers)
+    main_name, tokenizer = next(iter(tokenizers.items()))
+    plan = make_plan(args, sources, tokenizer)
+    tasks = analysis.ordered(["trust", *(TASKS if "all" in args.tasks else args.tasks)])
+    output = Path(args.output_dir or Path("analysis") / main_name)
+    identity = runs.identify(
+        vars(args),
+        NOT_IDENTITY,
+        models={name: describe(source) for name, source in sources.items()},
+        asked_sha256=plan.sha256(),
+    )
+    if args.overwrite and output.exists() and not (output / RESULTS_FILE).exists():
+        raise StoneyError(f"--overwrite: {output} is not an analysis (no {RESULTS_FILE}); choose another --output_dir")
+    if runs.is_finished([output], identity, overwrite=args.overwrite):
+        print((output / SUMMARY_FILE).read_text(encoding="utf-8"))
+        print(f"{output}/: analysed with these settings already (--overwrite analyses again)")
+        return 0
+    partial = runs.open_partial(output, identity, resume=True, overwrite=args.overwrite)
+
+    # 3. One model at a time, one task at a time; what was measured before a stop is not measured again.
+    parent = checkpoints.tracked(sources[main_name].name)
+    tracker = tracking.start_stage("analyze_with_tlens", args, name=output.name, group=parent.get("group"))
+    tracker.use_artifact(parent.get("artifact"))
+    measured, floors = {}, None
+    for name, source in sources.items():
+        open_model = functools.cache(functools.partial(opened, args, source))
+        measured[name] = analysis.measure_model(partial / runs.MEASURED / name, tasks, plan, open_model)
+        floors = floors or analysis.measure_floor(partial / runs.MEASURED, tasks, plan, open_model)
+
+    # 4. What a person reads.
+    results, arrays = summary.summarise(
+        measured,
+        plan,
+        floors,
+        tokenizer,
+        title=f"Inside {main_name}",
+        about=about(args, plan),
+        checkpoints=[
+            {"name": name, "checkpoint": source.name, "lineage": " <- ".join(checkpoints.lineage(Path(source.name)))}
+            for name, source in sources.items()
+        ],
+    )
+    report.write(partial / REPORT_FILE, results, arrays)
+    pictures = plots.draw(results, arrays, partial)
+    text = "\n\n".join(textwrap.fill(line, shutil.get_terminal_size((100, 24)).columns) for line in results["findings"])
+    (partial / SUMMARY_FILE).write_text(text + "\n", encoding="utf-8")
+    checkpoints.write_json(
+        partial / checkpoints.STAGE_FILE,
+        checkpoints.describe_stage(
+            "analysis",
+            arguments=vars(args),
+            seed=args.seed,
+            identity=identity,
+            wandb={"run_id": tracker.run_id, "group": tracker.group, "url": tracker.url},
+        ),
+    )
+    checkpoints.publish(partial, output)
+    print(text)
+    print(f"\n{output}/: {REPORT_FILE} (open it in a browser), {RESULTS_FILE}, {len(pictures)} pictures")
+
+    # 5. The same to W&B.
+    tracker.html("report", output / REPORT_FILE)
+    for name, path in pictures.items():
+        tracker.image(name, output / path.name)
+    tracker.table("findings", ["finding"], [[line] for line in results["findings"]])
+    tracker.table("trust", ["invariant", "limit", *sources], [
+        [each["name"], each["limit"], *(each["values"][name] for name in sources)] for each in report.plain(results)["trust"]
+    ])  # fmt: skip
+    tracker.artifact(output.name, "analysis", str(output))
+    tracker.finish()
+    broken = any(tasks["trust"].facts["failed"] for tasks in measured.values())
+    return EXIT_NOT_TO_BE_BELIEVED if broken else 0
+
+
+def find_models(args: argparse.Namespace) -> dict[str, ModelSource]:
+    """The model and those of --compare, by the name that tables use. Raises ``StoneyError`` for a name that is there twice."""
+    sources: dict[str, ModelSource] = {}
+    for flag, given in [("--model_path", args.model_path), *(("--compare", name) for name in args.compare)]:
+        path, notice = resolve_unpublished(given)
+        if notice:
+            print(notice)
+        if given == "base" and flag == "--compare":
+            path = base_of(next(iter(sources.values())))
+            if path is None:
+                raise StoneyError(
+                    f"--compare base: {args.model_path} does not say what it was trained from; name the model"
+                )
+        name = short_name(path)
+        if name in sources:
+            raise StoneyError(f"{flag} {given}: a second model called {name}; give each folder its own name")
+        sources[name] = find_model(path)
+    return sources
+
+
+def check_vocabularies(tokenizers: dict) -> None:
+    """Raise ``StoneyError`` unless all tokenizers give the same ids: the models could not be asked the same otherwise."""
+    (main_name, tokenizer), *others = tokenizers.items()
+    for name, other in others:
+        if other.get_vocab() != tokenizer.get_vocab():
+            raise StoneyError(
+                f"--compare: {name} has another vocabulary than {main_name}; compare models of one family"
+            )
+
+
+def make_plan(args: argparse.Namespace, sources: dict[str, ModelSource], tokenizer):  # -> plan.Plan
+    """What is asked; says what it is, and what was left out."""
+    from stoney_rl import corpus
+    from stoney_rl.interp import pairs, plan
+
+    names = [source.name for source in sources.values()]
+    rows, dataset = [], None
+    if corpus.training_record(names[0]):
+        try:
+            held_out = corpus.held_out(names[0], "test", dataset=None, default_dataset="")
+            rows, dataset = held_out.rows, held_out.corpus.rowset.source
+        except StoneyError as error:
+            print(f"the rows that {names[0]} was not trained on can't be read ({error})")
+    if args.pairs:
+        sets = [pairs.read_pairs(args.pairs, tokenizer)]
+    else:
+        entries = plan.find_lexicon(args.lexicon, dataset)
+        if not args.include_trained:
+            entries, left_out = plan.untrained(entries, names)
+            print(f"lexicon: {len(entries):,} entries; {left_out:,} that a model was trained on are left out")
+        sets = plan.build_families(entries, tokenizer, args.families, args.num_pairs, args.seed)
+    families: dict[str, list] = {}
+    for found in sets:
+        print(found.describe())
+        families |= plan.by_family(found.pairs)
+    first = next(iter(families.values()))[0]
+    text = tokenizer(args.sample_text)["input_ids"] if args.sample_text else list(first.clean)
+    if not 2 <= len(text) <= MAX_SHOWN_TOKENS:
+        what = "--sample_text" if args.sample_text else "the first pair's prompt (give a --sample_text)"
+        raise StoneyError(
+            f"{what}: {len(text)} tokens; expected 2 to {MAX_SHOWN_TOKENS}, as each head's pattern is drawn"
+        )
+    texts = plan.row_texts(rows, tokenizer) or [
+        list(ids) for members in families.values() for pair in members for ids in (pair.clean, pair.corrupt)
+    ]
+    print(
+        f"other texts, for neurons and the tuned lens: {len(texts)} {'held-out rows' if rows else 'prompts of the pairs'}"
+    )
+    return plan.Plan(
+        families,
+        text,
+        texts,
+        heads=tuple(args.heads),
+        top_k=args.top_k,
+        random_models=args.random_models,
+        batch_size=args.batch_size,
+        seed=args.seed,
+    )
+
+
+def opened(args: argparse.Namespace, source: ModelSource):  # -> hooked.HookedModel
+    """The model, hooked, on the device. Raises ``StoneyError`` if --heads or --layers name what it lacks."""
+    import torch
+
+    from stoney_rl.interp.hooked import load_hooked
+
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[args.dtype]
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    model = load_hooked(
+        source.name, revision=source.revision if source.kind == "hub" else None, dtype=dtype, device=device
+    )
+    lacking = [f"{layer}.{head}" for layer, head in args.heads if layer >= model.n_layers or head >= model.n_heads]
+    if lacking:
+        raise StoneyError(
+            f"--heads {' '.join(lacking)}: {source.name} has layers 0 to {model.n_layers - 1}, heads 0 to {model.n_heads - 1}"
+        )
+    return model
+
+
+def about(args: argparse.Namespace, plan) -> dict[str, str]:
+    """What the report says of where its numbers come from."""
+    from importlib.metadata import version
+
+    return {
+        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "seed": str(args.seed),
+        "pairs": ", ".join(f"{len(pairs)} {family}" for family, pairs in plan.families.items()),
+        "asked (sha256)": plan.sha256()[:12],
+        "versions": ", ".join(f"{name} {version(name)}" for name in ("transformer-lens", "transformers", "torch")),
+    }
+
+
+if __name__ == "__main__":
+    cli.run(main)
