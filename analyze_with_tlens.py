@@ -159,7 +159,8 @@ def main(argv: list[str] | None = None) -> int:
     tracker.use_artifact(parent.get("artifact"))
     measured, floors = {}, None
     for name, source in sources.items():
-        open_model = functools.cache(functools.partial(opened, args, source))
+        first = measured[main_name]["trust"].facts["shape"] if measured else None
+        open_model = functools.cache(functools.partial(opened, args, name, source, first))
         measured[name] = analysis.measure_model(partial / runs.MEASURED / name, tasks, plan, open_model)
         floors = floors or analysis.measure_floor(partial / runs.MEASURED, tasks, plan, open_model)
 
@@ -288,8 +289,9 @@ def make_plan(args: argparse.Namespace, sources: dict[str, ModelSource], tokeniz
     )
 
 
-def opened(args: argparse.Namespace, source: ModelSource):  # -> hooked.HookedModel
-    """The model, hooked, on the device. Raises ``StoneyError`` if --heads or --layers name what it lacks."""
+def opened(args: argparse.Namespace, name: str, source: ModelSource, first: dict | None):  # -> hooked.HookedModel
+    """The model, hooked, on the device. Raises ``StoneyError`` if --heads names one that it lacks, or if its shape is not
+    that of the first one."""
     import torch
 
     from stoney_rl.interp.hooked import load_hooked
@@ -299,11 +301,15 @@ def opened(args: argparse.Namespace, source: ModelSource):  # -> hooked.HookedMo
     model = load_hooked(
         source.name, revision=source.revision if source.kind == "hub" else None, dtype=dtype, device=device
     )
-    lacking = [f"{layer}.{head}" for layer, head in args.heads if layer >= model.n_layers or head >= model.n_heads]
-    if lacking:
+    layers, heads = model.n_layers, model.n_heads
+    if first and first != {"layers": layers, "heads": heads}:
         raise StoneyError(
-            f"--heads {' '.join(lacking)}: {source.name} has layers 0 to {model.n_layers - 1}, heads 0 to {model.n_heads - 1}"
+            f"--compare: {name} has {layers} layers of {heads} heads, {short_name(args.model_path)} {first['layers']} of "
+            f"{first['heads']}; compare models of one shape"
         )
+    lacking = " ".join(f"{layer}.{head}" for layer, head in args.heads if layer >= layers or head >= heads)
+    if lacking:
+        raise StoneyError(f"--heads {lacking}: {name} has layers 0 to {layers - 1}, heads 0 to {heads - 1}")
     return model
 
 

@@ -19,7 +19,7 @@ import torch
 from tqdm import tqdm
 
 from stoney_rl import checkpoints
-from stoney_rl.interp import ablation, attention, attribution, circuit, lens, neurons, patching, significance, trust
+from stoney_rl.interp import ablation, attention, attribution, circuit, lens, neurons, patching, significance, trust, tuned_lens
 from stoney_rl.interp.hooked import Batch, HookedModel, left_padded, random_hooked
 from stoney_rl.interp.pairs import PairBatch, batched
 from stoney_rl.interp.plan import Plan
@@ -137,12 +137,12 @@ def measure_tuned_lens(model: HookedModel, plan: Plan, done: dict[str, Measured]
     train, held_out = (
         [batch for _, batch in _batches(model, texts, plan)] for texts in (plan.texts[half:], plan.texts[:half])
     )
-    tuned = lens.fit_tuned_lens(model, train, held_out, seed=plan.seed)
+    tuned = tuned_lens.fit_tuned_lens(model, train, held_out, seed=plan.seed)
     read = _read_lens(model, plan, tuned)
     return Measured(read.facts | {"fit": asdict(tuned.fit)}, read.arrays)
 
 
-def _read_lens(model: HookedModel, plan: Plan, tuned: lens.TunedLens | None) -> Measured:
+def _read_lens(model: HookedModel, plan: Plan, tuned: tuned_lens.TunedLens | None) -> Measured:
     """By family, at the last token: answer, wrong (log-probabilities, nats), entropy, kl [pair, layer + 1]; depth of the
     answer and of the top token [pair]. Facts: what the lens reads at the words' ends of the sample text."""
 
