@@ -211,14 +211,6 @@ def test_attribution_worked_out_by_hand(batch):
     assert not parts.mlp.any()
 
 
-def test_top_neurons_keep_the_largest_amounts_and_their_signs():
-    values = torch.tensor([[[0.1, -3.0, 2.0, 0.0]]])
-    top = attribution.top_neurons(values, 2)
-    assert top.neurons.tolist() == [[[1, 2]]]
-    assert top.values.tolist() == [[[-3.0, 2.0]]]
-    assert attribution.top_neurons(values, 9).neurons.shape == (1, 1, 4)
-
-
 def test_chosen_layers_of_neurons_are_those_of_all(batch):
     model = opened("llama")
     every = attribution.neuron_attribution(model, batch, ANSWER, WRONG)

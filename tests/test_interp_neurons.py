@@ -10,10 +10,10 @@ from stoney_rl.errors import StoneyError
 from stoney_rl.interp import neurons as module
 from stoney_rl.interp.hooked import Batch, HookedModel, hook_model, left_padded
 from stoney_rl.interp.neurons import (
+    attribution_of,
     auroc,
     auroc_components,
     choose_by_attribution,
-    neuron_attribution,
     neuron_records,
     neuron_values,
     separating_neurons,
@@ -64,7 +64,7 @@ def test_neurons_sum_to_what_their_mlp_does_for_the_answer(architecture, pairs):
     rows = torch.arange(4)
     effect = whole - without
     expected = effect[rows, pairs.answer] - effect[rows, pairs.wrong]
-    found = neuron_attribution(model, pairs, everyone(model, 1)).sum(dim=1)
+    found = attribution_of(model, pairs, everyone(model, 1)).sum(dim=1)
     assert found.shape == (4,)
     assert found.dtype == torch.float32
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
@@ -80,23 +80,23 @@ def test_a_neurons_attribution_is_what_its_removal_costs_behind_a_fixed_scale(ll
     )
     ratio = cut["ln_final.hook_scale"][:, -1, 0] / scale["ln_final.hook_scale"][:, -1, 0]
     expected = pairs.difference(scale.logits) - pairs.difference(cut.logits) * ratio
-    found = neuron_attribution(llama, pairs, [(layer, index)])[:, 0]
+    found = attribution_of(llama, pairs, [(layer, index)])[:, 0]
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-7)
 
 
 def test_padding_changes_no_rows_attribution_or_value(llama, pairs):
     chosen = [(1, 3), (0, 7), (1, 60)]
-    together = neuron_attribution(llama, pairs, chosen)
+    together = attribution_of(llama, pairs, chosen)
     for row, ids in enumerate(ROWS):
         batch = left_padded([ids], 0)
         alone = PairBatch(batch, batch, pairs.answer[row : row + 1], pairs.wrong[row : row + 1])
-        torch.testing.assert_close(together[row : row + 1], neuron_attribution(llama, alone, chosen), rtol=0, atol=1e-5)
+        torch.testing.assert_close(together[row : row + 1], attribution_of(llama, alone, chosen), rtol=0, atol=1e-5)
     alone = [neuron_values(llama, [left_padded([ids], 0)], chosen) for ids in ROWS]
     np.testing.assert_allclose(neuron_values(llama, [pairs.clean], chosen), np.concatenate(alone), atol=1e-5)
 
 
 def test_chosen_neurons_are_those_of_largest_mean_attribution(llama, pairs):
-    whole = torch.cat([neuron_attribution(llama, pairs, everyone(llama, layer)) for layer in (0, 1)], dim=1)
+    whole = torch.cat([attribution_of(llama, pairs, everyone(llama, layer)) for layer in (0, 1)], dim=1)
     order = whole.mean(dim=0).abs().argsort(descending=True)[:5].tolist()
     expected = [(place // llama.d_mlp, place % llama.d_mlp) for place in order]
     halves = [_rows(pairs, slice(0, 1)), _rows(pairs, slice(1, 4))]
@@ -112,8 +112,8 @@ def _rows(pairs, rows):
 @pytest.mark.parametrize("architecture", ["gemma2", "gemma3"])
 def test_attribution_is_refused_behind_a_norm_but_values_are_not(architecture, pairs):
     model = hook_model(tiny.model(architecture), tiny.tokenizer())
-    with pytest.raises(StoneyError, match="do not add up"):
-        neuron_attribution(model, pairs, [(0, 0)])
+    with pytest.raises(StoneyError, match="don't add up"):
+        attribution_of(model, pairs, [(0, 0)])
     assert neuron_values(model, [pairs.clean], [(0, 0), (1, 5)]).shape == (4, 2)
 
 
@@ -141,7 +141,9 @@ def test_records_are_the_corpus_extremes_and_means(llama):
             row = rows[example.example]
             assert example.value == pytest.approx(float(values[example.example][example.position]), abs=1e-5)
             assert example.tokens[example.offset] == row[example.position]
-            assert list(example.tokens) == row[max(0, example.position - 2) : example.position + 3]
+            around = slice(max(0, example.position - 2), example.position + 3)
+            assert list(example.tokens) == row[around]
+            assert example.values == pytest.approx(values[example.example][around].tolist(), abs=1e-5)
 
 
 def test_random_examples_are_drawn_evenly_from_positions_and_never_from_padding(llama):
@@ -208,7 +210,7 @@ def test_random_groups_have_telling_neurons_only_on_the_half_they_were_chosen_on
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda model, pairs: neuron_attribution(model, pairs, [(2, 0)]), "no neuron 0 in layer 2; layers go from 0 to 1"),
+        (lambda model, pairs: attribution_of(model, pairs, [(2, 0)]), "no neuron 0 in layer 2; layers go from 0 to 1"),
         (lambda model, pairs: neuron_values(model, [pairs.clean], [(0, 64)]), "neurons from 0 to 63"),
         (lambda model, pairs: neuron_values(model, [pairs.clean], []), "none given"),
         (lambda model, pairs: neuron_records(model, [], [(0, 0)], k=1, seed=0), "no rows"),

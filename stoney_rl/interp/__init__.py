@@ -5,15 +5,17 @@ pairs        prompt pairs of equal length, scored at the first token that differ
 words        the words of a text, put together again from their tokens
 attention    patterns, entropy, sinks, previous-token and induction scores
 attribution  direct logit attribution: components, heads, neurons
-lens         logit lens, tuned lens, depth
+lens         logit lens, depth of an answer; tuned_lens fits its translators
 patching     activation patching, attribution patching with integrated gradients
 ablation     heads and groups of heads taken away
 circuit      the path of information for prompt pairs, its faithfulness
 neurons      activations, attribution, examples
 probes, similarity, steering   what a layer knows; how alike two layers are; pushing along a direction
 significance many tests at once, halves of the prompts, floors
+plan, analysis   what all models of an analysis are asked; what is measured of each, task by task
+summary, findings, report, plots   from the measurements to report.html, sentences and pictures
 trust        every invariant of the above, measured on the very model that is analysed
-tracer       the same while a model trains, without touching it
+tracer, live     the same while a model trains, without touching it
 
 Every measure returns one value an example (first axis); averages and intervals are made afterwards.
 """

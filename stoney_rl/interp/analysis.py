@@ -19,7 +19,18 @@ import torch
 from tqdm import tqdm
 
 from stoney_rl import checkpoints
-from stoney_rl.interp import ablation, attention, attribution, circuit, lens, neurons, patching, significance, trust, tuned_lens
+from stoney_rl.interp import (
+    ablation,
+    attention,
+    attribution,
+    circuit,
+    lens,
+    neurons,
+    patching,
+    significance,
+    trust,
+    tuned_lens,
+)
 from stoney_rl.interp.hooked import Batch, HookedModel, left_padded, random_hooked
 from stoney_rl.interp.pairs import PairBatch, batched
 from stoney_rl.interp.plan import Plan
@@ -252,18 +263,16 @@ def measure_neurons(model: HookedModel, plan: Plan, done: dict[str, Measured]) -
         found = chosen[family] = neurons.choose_by_attribution(model, batches, plan.top_k)
         arrays |= _over_pairs(
             model, plan, family, reporting,
-            lambda batch, found=found: {"attribution": neurons.neuron_attribution(model, batch, found)}, "neurons",
+            lambda batch, found=found: {"attribution": neurons.attribution_of(model, batch, found)}, "neurons",
         )  # fmt: skip
     shown = list(dict.fromkeys(neuron for found in chosen.values() for neuron in found))[: plan.top_k]
     texts = [batch for _, batch in _batches(model, plan.texts, plan)]
-    order = [row for rows, _ in _batches(model, plan.texts, plan) for row in rows]
     records = neurons.neuron_records(model, texts, shown, k=5, seed=plan.seed)
-    examples = [_shown(model, record, [plan.texts[row] for row in order]) for record in records]
+    examples = [_shown(model, record) for record in records]
     return Measured({"chosen": chosen, "examples": examples}, arrays)
 
 
-def _shown(model: HookedModel, record: neurons.NeuronRecord, texts: list[list[int]]) -> dict:
-    """The neuron's examples as words with one value each."""
+def _shown(model: HookedModel, record: neurons.NeuronRecord) -> dict:
     return {
         "neuron": record.neuron,
         "mean": record.mean,
@@ -372,8 +381,7 @@ def _over_pairs(
     }
 
 
-def _words_with_values(model: HookedModel, example: neurons.Example) -> tuple[list[str], list[float | None]]:
-    """The words around an example; the word where the neuron was read has its value, the others None."""
+def _words_with_values(model: HookedModel, example: neurons.Example) -> tuple[list[str], list[float]]:
+    """The words around an example, each with the neuron's largest amount in it, signed."""
     words = split_words(model.tokenizer, example.tokens)
-    here = [word.start <= example.offset < word.end for word in words]
-    return [word.text for word in words], [example.value if one else None for one in here]
+    return [word.label for word in words], [max(example.values[word.start : word.end], key=abs) for word in words]

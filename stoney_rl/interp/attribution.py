@@ -3,7 +3,7 @@
     parts = component_attribution(model, pairs.clean, pairs.answer, pairs.wrong)
     parts.attention                                                                 # [row, layer], in logits
     heads = head_attribution(model, pairs.clean, pairs.answer, pairs.wrong)         # [row, layer, head]
-    top = top_neurons(neuron_attribution(model, pairs.clean, pairs.answer, pairs.wrong), 10)
+    neuron_attribution(model, pairs.clean, pairs.answer, pairs.wrong, [3])          # [row, layer, neuron]
 
 1. The residual stream at a row's last position is a sum: the embedding, and what each attention and each MLP added.
 2. The final RMS norm divides it by a number, sigma = sqrt(mean(x^2) + eps), and multiplies each coordinate by a weight;
@@ -52,14 +52,6 @@ class Components:
     @property
     def total(self) -> torch.Tensor:
         return self.embedding + self.attention.sum(1) + self.mlp.sum(1) + self.bias
-
-
-@dataclass(frozen=True)
-class TopNeurons:
-    """``neurons``: int64 [row, layer, k], the largest amount first; ``values``: theirs, signed, [row, layer, k]."""
-
-    neurons: torch.Tensor
-    values: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -122,8 +114,7 @@ def neuron_attribution(
 ) -> torch.Tensor:
     """What each MLP neuron contributes to logit[answer] - logit[wrong]: float32 [row, layer, d_mlp], in logits.
 
-    ``layers``: those to return, in that order; None: all (n_layers x d_mlp values a row: keep the ``top_neurons`` of a
-    batch rather than everything of many). A layer's neurons add up to ``Components.mlp``, less the share of a bias.
+    ``layers``: those to return, in that order; None: all (n_layers x d_mlp values a row). A layer's neurons add up to ``Components.mlp``, less the share of a bias.
     Raises ``StoneyError`` as ``head_attribution``, and for a layer that does not exist.
     """
     _require_sums_of_parts(model)
@@ -136,15 +127,6 @@ def neuron_attribution(
         return lambda activation: activation.float() * (direction @ model.W_out(layer).float().T)
 
     return _by_layer(model, batch, {f"blocks.{n}.mlp.hook_post": projection(n) for n in layers})
-
-
-def top_neurons(attribution: torch.Tensor, k: int) -> TopNeurons:
-    """The ``k`` neurons (all, where there are fewer) of largest absolute attribution in each row and layer.
-
-    ``attribution``: [row, layer, d_mlp], from ``neuron_attribution``.
-    """
-    neurons = attribution.abs().topk(min(k, attribution.shape[-1]), dim=-1).indices
-    return TopNeurons(neurons, attribution.gather(-1, neurons))
 
 
 def completeness(model: HookedModel, batch: Batch, answer: torch.Tensor, wrong: torch.Tensor) -> Completeness:

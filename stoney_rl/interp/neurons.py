@@ -22,6 +22,7 @@ import numpy as np
 import torch
 
 from stoney_rl.errors import StoneyError
+from stoney_rl.interp import attribution
 from stoney_rl.interp.hooked import Batch, HookedModel
 from stoney_rl.interp.pairs import PairBatch
 from stoney_rl.interp.probes import last_vectors
@@ -34,7 +35,7 @@ _CELLS = 2**26  # values of neurons held at once, 256 MB
 # What neurons do for an answer
 
 
-def neuron_attribution(model: HookedModel, pairs: PairBatch, neurons: Sequence[Neuron]) -> torch.Tensor:
+def attribution_of(model: HookedModel, pairs: PairBatch, neurons: Sequence[Neuron]) -> torch.Tensor:
     """What each neuron adds to logit[answer] - logit[wrong] of the clean prompts, float32 [pair, neuron], in logits.
 
     The direct path alone, with the norm's scale as it is. Raises ``StoneyError`` for models with a norm behind the MLP
@@ -51,7 +52,7 @@ def choose_by_attribution(
     """The ``count`` neurons of ``layers`` (all) whose mean attribution over the pairs is largest in size, largest first.
 
     Report them on other pairs (``significance.halves``): they were the best of many on these. Raises as
-    ``neuron_attribution``.
+    ``attribution_of``.
     """
     layers = list(range(model.n_layers)) if layers is None else list(layers)
     _check(model, [(layer, 0) for layer in layers])
@@ -64,16 +65,8 @@ def choose_by_attribution(
 
 def _attributions(model: HookedModel, pairs: PairBatch, layers: Sequence[int]) -> dict[int, torch.Tensor]:
     """Of each layer, [pair, d_mlp]."""
-    if model.post_norm:
-        raise StoneyError(
-            f"{model.name}: a norm stands behind each MLP, so its neurons do not add up to what it writes; "
-            "attribute whole MLPs instead"
-        )
-    scale = "ln_final.hook_scale"
-    run = model.run(pairs.clean, read=dict.fromkeys([*map(_hook, layers), scale], _last))
-    answer, wrong = (model.W_U[:, ids.to(model.device)].float().cpu().T for ids in (pairs.answer, pairs.wrong))
-    direction = model.final_norm_weight.float().cpu() * (answer - wrong) / run[scale]  # [pair, d_model]
-    return {layer: run[_hook(layer)] * (direction @ model.W_out(layer).float().cpu().T) for layer in layers}
+    values = attribution.neuron_attribution(model, pairs.clean, pairs.answer, pairs.wrong, layers)
+    return {layer: values[:, place] for place, layer in enumerate(layers)}
 
 
 # Which neurons tell two groups of texts apart
@@ -164,7 +157,7 @@ def auroc_components(values: np.ndarray, labels: np.ndarray) -> np.ndarray:
 class Example:
     """A neuron's ``value`` at ``position`` (0: the first token that is not padding) of the ``example``-th row.
 
-    ``tokens``: the ids around it; ``tokens[offset]`` is the one at ``position``.
+    ``tokens``: the ids around it; ``tokens[offset]`` is the one at ``position``. ``values``: the neuron's at each of them.
     """
 
     example: int
@@ -172,6 +165,7 @@ class Example:
     value: float
     tokens: tuple[int, ...]
     offset: int
+    values: tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -242,17 +236,21 @@ def _keep_best(
     for column, chosen in enumerate(top):
         new = []
         for row in chosen:
-            position = int(where[row, column])
-            value = float(values[row, position, column])
-            new.append((float(best[row, column]), _example(batch, rows, row, position, value, window)))
+            example = _example(batch, rows, row, int(where[row, column]), values[row, :, column], window)
+            new.append((float(best[row, column]), example))
         kept[column] = sorted(kept[column] + new, key=lambda pair: -pair[0])[:k]
 
 
-def _example(batch: Batch, rows: int, row: int, position: int, value: float, window: int) -> Example:
-    tokens = batch.ids[row, batch.mask[row].bool()].tolist()
-    position -= batch.ids.shape[1] - len(tokens)
+def _example(batch: Batch, rows: int, row: int, position: int, values: torch.Tensor, window: int) -> Example:
+    """Row ``row`` of a batch before which ``rows`` were read, around ``position`` of the padded row; ``values`` [position]."""
+    real = batch.mask[row].bool()
+    tokens, values = batch.ids[row, real].tolist(), values[real].tolist()
+    position -= len(real) - len(tokens)
     start = max(0, position - window)
-    return Example(rows + row, position, value, tuple(tokens[start : position + window + 1]), position - start)
+    around = slice(start, position + window + 1)
+    return Example(
+        rows + row, position, values[position], tuple(tokens[around]), position - start, tuple(values[around])
+    )
 
 
 # Shared
