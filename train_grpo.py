@@ -11,8 +11,9 @@ is the prepared directory's, or --lexicon, or made of the rows. The reward is pr
 (probe_rewards.py shows the whole table); a reward that can be gamed is refused.
 Writes: --output_dir (default stoney_rl_grpo/: the model, merged in fp32) and --adapter_dir (default
 stoney_rl_grpo_ckpt/: the adapter, rollouts.jsonl with every completion and what each term gave it, metrics.jsonl), with
-report.json, report.txt and report.png. While it runs, checkpoints are in <adapter_dir>.partial/; after a kill, --resume
-continues from the last one.
+report.json, report.txt and report.png. With --trace_every, also <adapter_dir>/trace.jsonl and trace/: what attention
+heads, lens and neurons did while it trained. While it runs, checkpoints are in <adapter_dir>.partial/; after a kill,
+--resume continues from the last one.
 Exit codes: 0 done, 2 bad input or a reward that can be gamed, 130 interrupted.
 """
 
@@ -32,7 +33,8 @@ from stoney_rl.rewards.flags import add_reward_flags, check_reward_flags
 DEFAULT_DATASET = "HarleyCooper/StoneyNakoda45k"
 # Arguments that change nothing in the result: they may differ between a run and its --resume.
 NOT_IDENTITY = {"resume", "overwrite", "config", "save_steps", "save_total_limit", "logging_steps", "table_steps",
-                "multi_gpu", "num_gpus", "output_dir", "adapter_dir", "preflight_prompts", "probe_samples", "allow_broken_reward"}  # fmt: skip
+                "trace_every", "multi_gpu", "num_gpus", "output_dir", "adapter_dir", "preflight_prompts", "probe_samples",
+                "allow_broken_reward"}  # fmt: skip
 REPORT_FILES = ("report.json", "report.txt", "report.png")
 LOSSES = ["grpo", "dr_grpo", "dapo", "bnpo", "cispo", "sapo", "luspo", "vespo"]
 
@@ -113,6 +115,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     steps.add_argument("--eval_prompts", type=cli.positive_int, default=64, help="held-out prompts that are measured")
     cli.add_saving_flags(steps, held_out="rewards")
+    cli.add_trace_flag(steps)
     cli.add_tracking_flags(parser)
     return parser
 
@@ -371,6 +374,11 @@ def main(argv: list[str] | None = None) -> None:
             on_table=lambda columns, lines: tracker.table("completions", columns, lines),
         )
     )
+    if args.trace_every:
+        from stoney_rl.interp import tracer
+
+        examples = [prompts.encode_example(tokenizer, row.prompt, row.answer, set(ends)) for row in held_out_rows]
+        tracer.watch(trainer, examples, partial, every=args.trace_every, seed=args.seed, tracker=tracker)
     longest = max(len(encode(tasks[at].columns["prompts"])) for at in usable)
     memory = preflight.expected_memory(
         trainer.model,
@@ -462,7 +470,8 @@ def main(argv: list[str] | None = None) -> None:
         checkpoints.publish(partial, adapter_dir)
         print(f"\n{text}\n\n{output}: merged in fp32; its logits equal the policy's within {difference:.1g}")
         tracker.image("report", output / "report.png")
-        tracker.artifact(adapter_dir.name, "adapter", str(adapter_dir), exclude=("checkpoint-*", "quarantine.jsonl"))
+        kept_here = ("checkpoint-*", "quarantine.jsonl", "trace")
+        tracker.artifact(adapter_dir.name, "adapter", str(adapter_dir), exclude=kept_here)
         tracker.artifact(output.name, "model", str(output))
         tracker.finish()
 

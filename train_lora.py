@@ -8,7 +8,8 @@ Reads: a base model (hub id or folder) and rows (hub id, file or folder; see REA
 lexeme and trains on the training split alone, with the loss on the answer and the token that ends it.
 Writes: --output_dir (default stoney_lora_ckpt/: the adapter) and --merged_dir (default stoney_lora_merged/: the model
 with the adapter merged in fp32), both complete checkpoint directories, proven equal by their logits. While it runs,
-its checkpoints are in <output_dir>.partial/; after a kill, --resume continues from the last one.
+its checkpoints are in <output_dir>.partial/; after a kill, --resume continues from the last one. With --trace_every,
+<output_dir>/trace.jsonl and trace/: what attention heads, lens and neurons did while it trained.
 Exit codes: 0 done, 2 bad input, 130 interrupted.
 """
 
@@ -32,6 +33,7 @@ NOT_IDENTITY = {
     "save_steps",
     "save_total_limit",
     "logging_steps",
+    "trace_every",
     "multi_gpu",
     "num_gpus",
 }
@@ -93,6 +95,7 @@ def build_parser() -> argparse.ArgumentParser:
     cli.add_saving_flags(steps, held_out="losses")
     steps.add_argument("--early_stopping_patience", type=cli.positive_int,
                        help="stop after this many held-out losses without a new best, and keep the best")  # fmt: skip
+    cli.add_trace_flag(steps)
     cli.add_tracking_flags(parser)
     return parser
 
@@ -265,6 +268,10 @@ def main(argv: list[str] | None = None) -> None:
         + ([EarlyStoppingCallback(args.early_stopping_patience)] if args.early_stopping_patience else []),
     )
     training.quiet_progress(trainer)
+    if args.trace_every:
+        from stoney_rl.interp import tracer
+
+        tracer.watch(trainer, held_out, partial, every=args.trace_every, seed=args.seed, tracker=tracker)
     started = time.monotonic()
     trainer.train(resume_from_checkpoint=str(last_checkpoint) if last_checkpoint else None)
     seconds = time.monotonic() - started
@@ -299,7 +306,7 @@ def main(argv: list[str] | None = None) -> None:
             f"{output}: adapter, {stage['training']['steps']} updates"
             + (f", held-out loss {final_loss:.3f}" if final_loss is not None else "")
         )
-        tracker.artifact(output.name, "adapter", str(output), exclude=("checkpoint-*", "quarantine.jsonl"))
+        tracker.artifact(output.name, "adapter", str(output), exclude=("checkpoint-*", "quarantine.jsonl", "trace"))
         tracker.artifact(merged.name, "model", str(merged))
         tracker.finish()
 

@@ -137,6 +137,20 @@ def add_saving_flags(group: argparse._ArgumentGroup, *, held_out: str) -> None:
     group.add_argument("--save_total_limit", type=positive_int, default=2, help="checkpoints kept")
 
 
+def add_trace_flag(group: argparse._ArgumentGroup) -> None:
+    """Whether to look inside the model while it trains (see ``interp.tracer``)."""
+    group.add_argument(
+        "--trace_every",
+        type=non_negative_int,
+        nargs="?",
+        const=25,
+        default=0,
+        metavar="N",
+        help="watch attention heads, lens and neurons: updates between traces, 25 without a number, 0: off; also at the "
+        "start and the end",
+    )
+
+
 def positive_int(text: str) -> int:
     """argparse type: an integer of at least 1."""
     value = int(text)
