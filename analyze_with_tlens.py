@@ -26,6 +26,7 @@ from stoney_rl.metrics.systems import base_of, describe, short_name
 from stoney_rl.models import ModelSource, find_model, resolve_unpublished
 
 RESULTS_FILE, SUMMARY_FILE, REPORT_FILE = "results.json", "summary.txt", "report.html"
+TRACE_FILE = "trace.jsonl"
 EXIT_NOT_TO_BE_BELIEVED = 1
 TASKS = ("attention", "attribution", "lens", "tuned_lens", "patching", "ablation", "neurons", "circuit")
 FAMILIES = ("lookup", "lookup_form", "lookup_english", "recall", "affix")
@@ -68,7 +69,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--tasks", nargs="+", choices=["all", *TASKS], default=["all"], help="ablation includes patching"
     )
     measured.add_argument(
-        "--layers", type=layer_range, metavar="A-B", help="layers of the PNGs of attention; default: all"
+        "--layers", type=layer_range, metavar="A-B", help="layers in which heads and neurons are chosen; default: all"
     )
     measured.add_argument(
         "--heads",
@@ -126,11 +127,13 @@ def main(argv: list[str] | None = None) -> int:
 
     # 1. The models: the one that is asked about first.
     sources = find_models(args)
+    if args.trace and not (Path(args.trace) / TRACE_FILE).exists():
+        raise StoneyError(f"--trace {args.trace}: no {TRACE_FILE} there; train with --trace_every")
     for name, source in sources.items():
         print(f"{name}:", *(f"  {line}" for line in checkpoints.lineage(Path(source.name))), sep="\n")
 
     # 2. What they are asked: pairs, a sample text, other texts; the same of all.
-    from stoney_rl.interp import analysis, plots, report, summary
+    from stoney_rl.interp import analysis, plots, report, summary, tracer
     from stoney_rl.models import load_tokenizer
 
     tokenizers = {name: load_tokenizer(source) for name, source in sources.items()}
@@ -177,6 +180,10 @@ def main(argv: list[str] | None = None) -> int:
             for name, source in sources.items()
         ],
     )
+    directory = args.trace or trace_of(sources[main_name])
+    if directory:
+        results["trace"], traced = summary.trace_view(main_name, tracer.read(directory), tokenizer)
+        arrays |= traced
     report.write(partial / REPORT_FILE, results, arrays)
     pictures = plots.draw(results, arrays, partial)
     text = "\n\n".join(textwrap.fill(line, shutil.get_terminal_size((100, 24)).columns) for line in results["findings"])
@@ -281,6 +288,7 @@ def make_plan(args: argparse.Namespace, sources: dict[str, ModelSource], tokeniz
         families,
         text,
         texts,
+        layers=args.layers,
         heads=tuple(args.heads),
         top_k=args.top_k,
         random_models=args.random_models,
@@ -308,9 +316,18 @@ def opened(args: argparse.Namespace, name: str, source: ModelSource, first: dict
             f"{first['heads']}; compare models of one shape"
         )
     lacking = " ".join(f"{layer}.{head}" for layer, head in args.heads if layer >= layers or head >= heads)
-    if lacking:
-        raise StoneyError(f"--heads {lacking}: {name} has layers 0 to {layers - 1}, heads 0 to {heads - 1}")
+    if lacking or (args.layers and args.layers[1] >= layers):
+        flag = f"--heads {lacking}" if lacking else f"--layers {args.layers[0]}-{args.layers[1]}"
+        raise StoneyError(f"{flag}: {name} has layers 0 to {layers - 1}, heads 0 to {heads - 1}")
     return model
+
+
+def trace_of(source: ModelSource) -> str | None:
+    """The directory of the run that trained the model, if it was watched: the checkpoint itself, or the adapter it came of."""
+    stage = checkpoints.read_stage(Path(source.name)) or {} if source.kind != "hub" else {}
+    written = [stage.get("arguments", {}).get(key) for key in ("adapter_dir", "output_dir")]
+    places = [source.name, *(checkpoints.locate(place, Path(source.name)) for place in written if place)]
+    return next((place for place in places if (Path(place) / TRACE_FILE).exists()), None)
 
 
 def about(args: argparse.Namespace, plan) -> dict[str, str]:

@@ -119,13 +119,15 @@ def test_a_broken_invariant_is_said_and_is_the_exit_code(models, tmp_path, monke
     )
     given = arguments(models, tmp_path / "out", "--tasks", "attribution", compare=())
     assert analyze_with_tlens.main(given) == 1
-    assert "DO NOT BELIEVE THE FIGURES OF tuned: heads = their attention" in " ".join(capsys.readouterr().out.split())
+    assert "DO NOT BELIEVE THE FIGURES OF tuned (heads = their attention" in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize(
     ("more", "message"),
     [
         (["--heads", "0.1", "7.3"], "--heads 7.3: .* has layers 0 to 1, heads 0 to 3"),
+        (["--layers", "1-2"], "--layers 1-2: .* has layers 0 to 1"),
+        (["--trace", "nowhere"], "--trace nowhere: no trace.jsonl there"),
         (["--lexicon", "nowhere.jsonl"], "--lexicon nowhere.jsonl: no such file"),
         (["--sample_text", "a" * 500], "--sample_text: 500 tokens; expected 2 to 120"),
         (["--pairs", "nowhere.jsonl"], "nowhere.jsonl does not exist"),
@@ -173,6 +175,15 @@ def test_other_folders_are_not_overwritten(models, tmp_path):
     with pytest.raises(StoneyError, match="is not an analysis"):
         analyze_with_tlens.main(arguments(models, tmp_path / "out", "--overwrite"))
     assert (tmp_path / "out" / "thesis.txt").exists()
+
+
+def test_layers_limit_what_is_chosen_and_heads_add_to_it(models, tmp_path):
+    given = arguments(models, tmp_path / "out", "--tasks", "patching", "neurons", compare=())
+    assert analyze_with_tlens.main([*given, "--layers", "1", "--heads", "0.2"]) == 0
+    kept = tmp_path / "out" / runs.MEASURED / "tuned"
+    heads = analysis.read_task(kept, "patching").facts["top"]["lookup"]
+    assert [0, 2] in heads and all(layer == 1 for layer, head in heads if (layer, head) != (0, 2))
+    assert {layer for layer, _ in analysis.read_task(kept, "neurons").facts["chosen"]["lookup"]} == {1}
 
 
 @pytest.mark.parametrize("text", ["3.", "x", "1.2.3", "-1.2", "3"])

@@ -82,7 +82,7 @@ def test_attention_that_loses_something_is_seen(llama, monkeypatch):
 
 
 def test_a_lens_that_forgets_the_norm_is_seen(llama, monkeypatch):
-    monkeypatch.setattr(lens, "_log_probabilities", lambda model, stream: (stream @ model.W_U).log_softmax(-1))
+    monkeypatch.setattr(lens, "log_probabilities", lambda model, stream: (stream @ model.W_U).log_softmax(-1))
     assert broken(llama, monkeypatch, "lens")
 
 

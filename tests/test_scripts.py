@@ -47,7 +47,7 @@ OTHER_SPELLINGS = {
     "limit": "num_samples",
 }
 # Flags that two scripts share and that mean another thing in each.
-NOT_SHARED = {"help", "config", "revision", "resume", "batch_size"}
+NOT_SHARED = {"help", "config", "revision", "resume", "batch_size", "top_k"}  # top_k: of sampling, of heads
 
 
 def parser_of(script: str) -> argparse.ArgumentParser:

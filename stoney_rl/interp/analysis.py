@@ -179,9 +179,8 @@ def _read_lens(model: HookedModel, plan: Plan, tuned: tuned_lens.TunedLens | Non
 
 
 def measure_patching(model: HookedModel, plan: Plan, done: dict[str, Measured]) -> Measured:
-    """By family, in logits: heads, mlps [pair, layer, ...] by attribution patching; on the reporting pairs, by true runs:
-    top [pair, head] for the heads that the other half chose, residual [pair, layer, region]. Facts: which heads."""
-
+    """By family, in logits, by attribution patching: heads, mlps [pair, layer, ...] and residual [pair, layer, region]; on the
+    reporting pairs, by true runs: top [pair, head], the heads that the other half chose. Facts: which heads."""
     arrays = _by_family(model, plan, lambda batch: _estimated(model, batch), "attribution patching")
     chosen = {}
     for family in plan.families:
@@ -191,25 +190,30 @@ def measure_patching(model: HookedModel, plan: Plan, done: dict[str, Measured]) 
         def true_runs(batch: PairBatch, heads: list = heads) -> dict[str, torch.Tensor]:
             clean = model.run(batch.clean, read=[f"blocks.{layer}.attn.hook_z" for layer in range(model.n_layers)])
             edits = [ablation.ablate(clean.activations, heads=[head]) for head in heads]
-            return {
-                "top": ablation.effects(model, batch.corrupt, batch.difference, edits),
-                "residual": patching.patch(model, batch, "resid_pre", groups=circuit.regions(batch)).values,
-            }
+            return {"top": ablation.effects(model, batch.corrupt, batch.difference, edits)}
 
         arrays |= _over_pairs(model, plan, family, reporting, true_runs, "activation patching")
     return Measured({"top": chosen}, arrays)
 
 
 def _estimated(model: HookedModel, batch: PairBatch) -> dict[str, torch.Tensor]:
-    found = patching.attribute(model, batch, ["head", "mlp_out"])
-    heads, mlps = found["head"], found["mlp_out"]
-    return {"clean": heads.clean, "corrupt": heads.corrupt, "heads": heads.values, "mlps": mlps.values}
+    """All from the same passes; a head's and an MLP's effect is that of all regions together."""
+    found = patching.attribute(model, batch, ["head", "mlp_out", "resid_pre"], groups=circuit.regions(batch))
+    return {
+        "clean": found["head"].clean,
+        "corrupt": found["head"].corrupt,
+        "heads": found["head"].values.nansum(2),
+        "mlps": found["mlp_out"].values.nansum(2),
+        "residual": found["resid_pre"].values,
+    }
 
 
 def choose_heads(values: np.ndarray, plan: Plan) -> list[tuple[int, int]]:
-    """The plan's own heads and those whose mean of ``values`` [pair, layer, head] is largest, either way."""
+    """Those whose mean of ``values`` [pair, layer, head] is largest, either way, in the plan's layers; and its own heads."""
     mean = np.abs(np.nanmean(values, axis=0))
-    order = np.argsort(-mean, axis=None, kind="stable")[: plan.top_k]
+    others = np.setdiff1d(np.arange(len(mean)), plan.chosen_layers(len(mean)))
+    mean[others] = -1
+    order = np.argsort(-mean, axis=None, kind="stable")[: min(plan.top_k, (mean >= 0).sum())]
     strongest = [(int(layer), int(head)) for layer, head in zip(*np.unravel_index(order, mean.shape), strict=True)]
     return list(dict.fromkeys([*strongest, *plan.heads]))
 
@@ -260,7 +264,9 @@ def measure_neurons(model: HookedModel, plan: Plan, done: dict[str, Measured]) -
         batches = [
             batch for _, batch in batched([pairs[index] for index in choosing], plan.batch_size, model.pad_token_id)
         ]
-        found = chosen[family] = neurons.choose_by_attribution(model, batches, plan.top_k)
+        found = chosen[family] = neurons.choose_by_attribution(
+            model, batches, plan.top_k, plan.chosen_layers(model.n_layers)
+        )
         arrays |= _over_pairs(
             model, plan, family, reporting,
             lambda batch, found=found: {"attribution": neurons.attribution_of(model, batch, found)}, "neurons",

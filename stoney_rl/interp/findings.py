@@ -36,8 +36,8 @@ def trust_sentence(models: summary.Models) -> str:
     if not failed:
         count = sum(value is not None for tasks in models.values() for value in tasks["trust"].facts["values"].values())
         return f"All {count} checks of the hooks, sums and patches hold for {_listed(models)}."
-    wrong = "; ".join(f"{name}: {', '.join(lines)}" for name, lines in failed.items())
-    return f"DO NOT BELIEVE THE FIGURES OF {_listed(failed)}: {wrong}."
+    wrong = [f"{name} ({'; '.join(lines)})" for name, lines in failed.items()]
+    return f"DO NOT BELIEVE THE FIGURES OF {_listed(wrong)}."
 
 
 def _of_family(tasks: Mapping[str, Measured], family: str, plan: Plan, floors: Measured) -> list[str]:
@@ -181,8 +181,11 @@ def _changed_heads(heads: significance.Effects) -> str:
     if heads.q is None:
         return f"Heads are not compared: {heads.note}."
     if not heads.found.any():
-        wide = np.nanmedian(heads.high - heads.low) / 2
-        return f"No head's part in it changed by more than chance (half the median interval is {wide:.2g} logits)."
+        width = heads.high - heads.low
+        wide = (
+            f" (half the median interval is {np.nanmedian(width) / 2:.2g} logits)" if np.isfinite(width).any() else ""
+        )
+        return f"No head's part in it changed by more than chance{wide}."
     order = np.argsort(-np.abs(np.where(heads.found, heads.mean, 0)), axis=None)[: min(NAMED, int(heads.found.sum()))]
     places = [np.unravel_index(index, heads.mean.shape) for index in order]
     named = ", ".join(f"{layer}.{head} {_interval(heads, (layer, head))}" for layer, head in places)

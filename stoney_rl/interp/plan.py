@@ -26,19 +26,26 @@ TEXTS = 64  # rows that neurons are looked up in, and that a tuned lens is fitte
 @dataclass(frozen=True)
 class Plan:
     """``families``: prompt pairs by family. ``text``: token ids of the sample text. ``texts``: token ids of other texts,
-    for examples of neurons and the tuned lens. ``heads``: (layer, head) that are tested whatever their rank. ``top_k``:
-    heads and neurons that are. ``random_models``: of the same shape, for the floor.
+    for examples of neurons and the tuned lens. ``layers``: the first and last in which heads and neurons are chosen; None:
+    all. ``heads``: (layer, head) that are tested whatever their rank. ``top_k``: heads and neurons that are.
+    ``random_models``: of the same shape, for the floor.
     """
 
     families: dict[str, list[PromptPair]]
     text: list[int]
     texts: list[list[int]]
+    layers: tuple[int, int] | None = None
     heads: tuple[tuple[int, int], ...] = ()
     top_k: int = 10
     random_models: int = 2
     batch_size: int = 16
     seed: int = 0
     _halves: dict[str, tuple[list[int], list[int]]] = field(default_factory=dict, repr=False)
+
+    def chosen_layers(self, n_layers: int) -> range:
+        """The layers in which heads and neurons are chosen."""
+        first, last = self.layers or (0, n_layers - 1)
+        return range(first, last + 1)
 
     def halves(self, family: str) -> tuple[list[int], list[int]]:
         """Indices of the family's pairs on which is chosen, and of those on which is reported; no cluster in both."""

@@ -9,14 +9,22 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from stoney_rl.interp import report, significance, trust
+from stoney_rl.interp import report, significance, tracer, trust
 from stoney_rl.interp.analysis import Measured
 from stoney_rl.interp.plan import Plan
-from stoney_rl.interp.words import split_words, token_labels
+from stoney_rl.interp.words import Word, split_words, token_labels
 
 NOT_OF_PAIRS = ("entropy", "sink", "previous_token", "induction", "duplicate_token")
 POSITIONS = ("where the prompts differ", "elsewhere", "last token")
 ON_PROMPTS = ("entropy", "sink")
+TRACED = 8  # steps of a trace that the page shows: patterns of all heads take half a megabyte each
+CURVES = (
+    ("answer_log_prob", "log-probability of the right answers", "nats a token"),
+    ("median_depth", "depth at which answers are settled", "layers"),
+    ("mean_entropy", "attention entropy, mean of heads", "share"),
+    ("max_induction", "induction, strongest head", "mean attention"),
+    ("max_previous_token", "previous token, strongest head", "mean attention"),
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -57,8 +65,7 @@ def summarise(
         if "attention" in tasks
     }
     if arrays:
-        spans = [{"text": word.label, "start": word.start, "end": word.end} for word in words]
-        results["texts"] = [{"name": "sample", "tokens": token_labels(tokenizer, plan.text), "words": spans}]
+        results["texts"] = [{"name": "sample", "tokens": token_labels(tokenizer, plan.text), "words": _spans(words)}]
     view = lens_view(models, labels, tokenizer.decode(plan.text), shape["layers"])
     return results | ({"lens": view} if view else {}), arrays
 
@@ -85,7 +92,6 @@ def measures(models: Models, plan: Plan, floors: Measured) -> list[dict]:
             for name, tasks in models.items()
             if "patching" in tasks
         }
-        clusters = [pairs[index].cluster for index in plan.halves(family)[1]]
         found += _grid("residual", values, clusters, plan.seed, family=family, columns=POSITIONS)
     return found
 
@@ -93,12 +99,12 @@ def measures(models: Models, plan: Plan, floors: Measured) -> list[dict]:
 _OWN = {  # measures that report.MEASURES does not know, or that are given in logits here
     "attribution_patching": {"unit": "logits, answer minus wrong"},
     "residual": {
-        "name": "residual patching",
+        "name": "residual stream",
         "unit": "logits, answer minus wrong",
         "scale": "diverging",
-        "tells": "Where the answer's information stands: what comes back when the residual stream before a layer is "
-        "taken from the clean prompt, at these words alone. It moves from the differing words to the last token.",
-        "cannot": "Which head or MLP moved it.",
+        "tells": "Where the answer's information stands before each layer: what the residual stream at these words carries of "
+        "the difference between the prompts. It moves from the differing words to the last token.",
+        "cannot": "Which head or MLP moved it; and it is the estimate of attribution patching, not a run.",
     },
 }
 
@@ -280,3 +286,24 @@ def faithfulness(arrays: Mapping[str, np.ndarray], clusters: Sequence, seed: int
         if effect.low is not None:
             found |= {f"{key}_low": effect.low, f"{key}_high": effect.high}
     return found
+
+
+def trace_view(
+    model: str, found: tracer.Trace, tokenizer: "PreTrainedTokenizerBase"
+) -> tuple[dict, dict[str, np.ndarray]]:
+    """report.SCHEMA's 'trace' and its arrays, from what ``tracer.read`` gives; at most TRACED steps, evenly spaced."""
+    kept = np.unique(np.linspace(0, len(found.steps) - 1, TRACED).round().astype(int))
+    grids = [{"key": name, "values": found[name].mean(axis=1)[kept]} for name in tracer.MEASURES]
+    curves = [
+        {"name": name, "unit": unit, "values": [found.lines[step].get(key) for step in kept]}
+        for key, name, unit in CURVES
+    ]
+    ids = found.probe["texts"][0]["ids"]
+    text = {"name": "watched", "tokens": token_labels(tokenizer, ids), "words": _spans(split_words(tokenizer, ids))}
+    steps = [found.steps[step] for step in kept]
+    view = {"model": model, "steps": steps, "measures": grids, "curves": curves, "texts": [text]}
+    return view, {"trace/watched": found["pattern_0"][kept]}
+
+
+def _spans(words: Sequence[Word]) -> list[dict]:
+    return [{"text": word.label, "start": word.start, "end": word.end} for word in words]
