@@ -15,17 +15,18 @@ from stoney_rl.interp.analysis import DRAWS, Measured, Plan
 from stoney_rl.metrics.intervals import mean_interval
 
 NAMED = 3  # heads that a sentence names
+LARGE = 0.05  # of the difference: a head that a reader should look at
 CIRCUIT = 0.8  # of the model's own difference: at which share the size of a circuit is told
 
 
 def findings(models: summary.Models, plan: Plan, floors: Measured) -> list[str]:
-    """Paragraphs: trust first, then each model and family, then the differences."""
+    """Paragraphs: trust first, then each model and family, then the differences; each says whom and what it is about."""
     lines = [trust_sentence(models)]
     for name, tasks in models.items():
-        for family in plan.families:
-            lines.append(" ".join([f"{name}, {family}:", *_of_family(tasks, family, plan, floors)]))
         if "attention" in tasks:
-            lines.append(f"{name}: {_copying(tasks['attention'])}")
+            lines.append(f"{name}. Copying: {_copying(tasks['attention'])}")
+        for family in plan.families:
+            lines += [f"{name}, {family}. {line}" for line in _of_family(tasks, family, plan, floors)]
     for family in plan.families:
         lines += _differences(models, family, plan)
     return lines
@@ -52,7 +53,7 @@ def _of_family(tasks: Mapping[str, Measured], family: str, plan: Plan, floors: M
         gap = significance.effects((clean - corrupt)[:, None], clusters, seed=plan.seed)
         lines.append(_behaviour(clean, corrupt, clusters, gap, plan.seed))
         if not (gap.found[0] and gap.mean[0] > 0):
-            return [*lines, "That is no more than chance, so there is nothing to trace."]
+            return [f"{lines[0]} That is no more than chance, so there is nothing to trace."]
     if "patching" in tasks:
         lines.append(_heads(tasks["patching"], family, plan, floors, clusters, held, reporting))
     if "ablation" in tasks:
@@ -70,7 +71,7 @@ def _behaviour(clean: np.ndarray, corrupt: np.ndarray, clusters: Sequence, gap: 
         ((clean > 0) & (corrupt < 0)).astype(float).tolist(), seed=seed, clusters=clusters, bounds=(0, 1)
     )
     return (
-        f"it prefers the asked answer on both prompts of a pair in {_share(right)} of {len(clean)} pairs; the prompts differ by "
+        f"Behaviour: it prefers the asked answer on both prompts in {_share(right)} of {len(clean)} pairs; the prompts differ by "
         f"{_interval(gap, 0)} logits."
     )
 
@@ -96,10 +97,13 @@ def _heads(
         if floor
         else "without a random floor"
     )
+    gap = float((measured.arrays[f"{family}/clean"] - measured.arrays[f"{family}/corrupt"]).mean())
+    large = int((over_all.found & (np.abs(over_all.mean) >= LARGE * gap)).sum())
     return (
-        f"Of {over_all.found.size} heads {int(over_all.found.sum())} carry some of it (q <= 0.05, {beside}). Patched in earnest on "
-        f"{len(held)} other pairs, the strongest bring back (layer.head, logits): {named}; the estimate agrees with the true "
-        f"effect of the {len(tested)} tested heads at rank correlation {_agreement(measured, family, reporting)}."
+        f"Heads: {int(over_all.found.sum())} of {over_all.found.size} carry some of it (q <= 0.05, {beside}), {large} of them "
+        f"{LARGE:.0%} or more. Patched in earnest on {len(held)} other pairs, the strongest bring back (layer.head, logits) {named}; "
+        f"the estimate ranks the {len(tested)} heads that were tested as the true effect does at "
+        f"{_agreement(measured, family, reporting)} (Spearman)."
     )
 
 
@@ -116,7 +120,7 @@ def _ablation(arrays: Mapping[str, np.ndarray], family: str, held: Sequence, see
     group, random = arrays[f"{family}/group"], arrays[f"{family}/random"]
     both = significance.effects(np.stack([group, random.mean(1), group - random.mean(1)], 1), held, seed=seed)
     return (
-        f"Without these heads together the clean prompt's difference changes by {_interval(both, 0)} logits, without as many random "
+        f"Taken away: without these heads together the clean prompt's difference changes by {_interval(both, 0)} logits, without as many random "
         f"heads of the same layers ({DRAWS} draws) by {_interval(both, 1)}; the former minus the latter: {_interval(both, 2)}."
     )
 
@@ -125,13 +129,13 @@ def _circuit(measured: Measured, family: str, held: Sequence, seed: int) -> str:
     arrays = {key.split("/", 1)[1]: value for key, value in measured.arrays.items() if key.startswith(f"{family}/")}
     found, sizes = summary.faithfulness(arrays, held, seed), measured.facts[family]["sizes"]
     if found is None:
-        return "It does not tell the two prompts apart, so there is no circuit."
+        return "Circuit: none, as it does not tell the two prompts apart."
     reached = [index for index, share in enumerate(found["circuit"]) if share >= CIRCUIT]
     if not reached:
-        return f"No circuit keeps {CIRCUIT:.0%} of it."
+        return f"Circuit: none keeps {CIRCUIT:.0%} of it."
     index = reached[0]
     return (
-        f"{sizes[index]} of {sizes[-1]} heads and MLPs, each at one kind of position, keep {found['circuit'][index]:.0%} of the "
+        f"Circuit: {sizes[index]} of {sizes[-1]} heads and MLPs, each at one kind of position, keep {found['circuit'][index]:.0%} of the "
         f"difference; random ones of that size {found['random'][index]:.0%}."
     )
 
@@ -141,10 +145,10 @@ def _depth(arrays: Mapping[str, np.ndarray], family: str, lens: str) -> str:
     settled = depth[~np.isnan(depth)]
     layers = arrays[f"{family}/answer"].shape[1] - 1
     if not len(settled):
-        return f"By the {lens} the answer is never the likelier one at the end."
+        return f"Depth: by the {lens} the answer is never the likelier one at the end."
     low, middle, high = np.percentile(settled, [25, 50, 75])
     return (
-        f"By the {lens} the answer stays ahead of the wrong one from layer {middle:.0f} of {layers} on (median; quartiles {low:.0f} "
+        f"Depth: by the {lens} the answer stays ahead of the wrong one from layer {middle:.0f} of {layers} on (median; quartiles {low:.0f} "
         f"and {high:.0f}; {len(settled)} of {len(depth)} prompts, the others end with the wrong one)."
     )
 
