@@ -17,7 +17,7 @@ python inspect_hf_dataset.py \
 python train_lora.py \
     --model checkpoints/smollm2-135m --dataset demo/prepared \
     --output_dir demo/planted_ckpt --batch_size 8 --gradient_accumulation_steps 1 --learning_rate 1e-3 \
-    --max_steps 150 --max_eval_rows 32 --no-gradient_checkpointing --seed 0 --resume
+    --max_steps 150 --max_eval_rows 32 --no-gradient_checkpointing --trace_every 50 --seed 0 --resume
 
 # 4. Base, tuned and a memoriser on held-out rows, half of them about verbs never trained on -> demo/evaluation/
 python evaluate_model.py \
@@ -30,3 +30,8 @@ python train_grpo.py \
     --lora_path demo/planted_merged --dataset demo/prepared --lexicon data/planted/lexicon.jsonl \
     --output_dir demo/grpo --batch_size 32 --group_size 8 --max_completion_length 24 --learning_rate 1e-4 \
     --max_steps 8 --eval_steps 0 --eval_prompts 32 --preflight_prompts 4 --no-gradient_checkpointing --seed 0 --resume
+
+# 6. Inside the tuned model and its base: which heads do the work, and can the figures be believed? -> demo/analysis/
+python analyze_with_tlens.py \
+    --model_path demo/planted_merged --compare base --lexicon data/planted/lexicon.jsonl \
+    --tasks attention attribution lens --random_models 0 --output_dir demo/analysis

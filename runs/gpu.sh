@@ -18,3 +18,6 @@ python train_grpo.py --lora_path stoney_lora_merged --batch_size 64 --group_size
 
 # 5. Base, SFT, GRPO and a memoriser on held-out rows -> evaluation/
 python evaluate_model.py --model_path stoney_rl_grpo --baseline stoney_lora_merged --baseline retrieval --num_samples 400
+
+# 6. Inside SFT and GRPO: heads, neurons, paths, and what training changed -> analysis/stoney_rl_grpo/
+python analyze_with_tlens.py --model_path stoney_rl_grpo --compare stoney_lora_merged --families lookup lookup_form lookup_english

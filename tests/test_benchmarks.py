@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import tiny
 
-from benchmarks import evaluate, matmul, measure, sft
+from benchmarks import evaluate, interp, matmul, measure, sft
 from stoney_rl.errors import StoneyError
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -174,7 +174,7 @@ def test_matmul_rates_are_positive_and_of_every_shape():
     assert all(rate["small"] > 0 for rate in rates.values())
 
 
-@pytest.mark.parametrize("script", ["sft.py", "evaluate.py", "matmul.py"])
+@pytest.mark.parametrize("script", ["sft.py", "evaluate.py", "matmul.py", "interp.py"])
 def test_help_is_quick_and_loads_nothing_heavy(script, tmp_path):
     code = (
         "import sys, runpy\n"
@@ -344,3 +344,30 @@ def test_sft_end_to_end(tmp_path, capsys):
     assert ours["loss"] == pytest.approx(trl["loss"], rel=0.02)
     assert "stoney-benchmark-" not in text  # where the rows were kept
     assert "speed" in capsys.readouterr().out
+
+
+# interp.py
+
+
+def test_attribution_is_compared_with_patching_on_the_same_pairs(tmp_path, capsys):
+    model, output = tiny.checkpoint(tmp_path / "model"), tmp_path / "out.json"
+    interp.main(["--model_path", str(model), "--num_pairs", "2", "--threads", "1", "--output", str(output)])
+    found = json.loads(output.read_text())
+    truth, *estimates = found["heads"].values()
+    assert len(truth["values"]) == 2 and len(estimates) == 2  # pairs; numbers of steps
+    for estimate in estimates:
+        assert estimate["rank_correlation"] > 0.8
+        assert estimate["times_faster"] == pytest.approx(truth["cpu_seconds"] / estimate["cpu_seconds"])
+    one_by_one, report = found["attention"].values()
+    assert one_by_one["files"] == 2 * 4 and report["files"] == 2  # heads; page and results.json
+    assert "one by one (TransformerLens)" in capsys.readouterr().out
+
+
+def test_what_interp_compares_must_be_there(tmp_path):
+    given = ["--model_path", str(tiny.checkpoint(tmp_path / "model"))]
+    for more, message in (
+        (["--lexicon", "nowhere.jsonl"], "--lexicon nowhere.jsonl: no such file"),
+        (["--output", str(tmp_path)], "a directory; name a file"),
+    ):
+        with pytest.raises(StoneyError, match=message):
+            interp.main([*given, *more])
