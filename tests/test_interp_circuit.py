@@ -8,7 +8,6 @@ import pytest
 import tiny
 import torch
 from prompt_pairs import induction_pairs, one_batch, random_pairs
-from test_interp_patching import lively
 from transformer_lens.tools.analysis.attribution_patching import EdgeAttributionConfig, attribution_patch
 
 from stoney_rl.errors import StoneyError
@@ -34,12 +33,12 @@ INDUCTION = Path(__file__).with_name("induction")
 
 @pytest.fixture(scope="module", params=tiny.ARCHITECTURES)
 def model(request) -> HookedModel:
-    return lively(request.param)
+    return tiny.lively(request.param)
 
 
 @pytest.fixture(scope="module")
 def llama() -> HookedModel:
-    return lively("llama")
+    return tiny.lively("llama")
 
 
 @pytest.fixture(scope="module")
@@ -325,7 +324,7 @@ def test_a_cluster_in_both_halves_is_refused(llama):
 
 
 def test_a_path_has_no_edges_where_heads_do_not_add_up():
-    gemma = lively("gemma2")
+    gemma = tiny.lively("gemma2")
     pairs = random_pairs([5, 6])
     path = find_path(gemma, pairs[:1], pairs[1:], draws=1, steps=2)
     assert path.edges is None and torch.equal(path.faithfulness.circuit[:, -1], path.faithfulness.full)

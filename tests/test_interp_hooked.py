@@ -40,20 +40,6 @@ def llama():
     return hook_model(tiny.model("llama"), tiny.tokenizer(), "llama")
 
 
-def with_adapter(architecture: str, **options):
-    """A LoRA adapter that changes the model a lot: its B matrices are random, not zero."""
-    from peft import LoraConfig, get_peft_model
-
-    config = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", **options)
-    model = get_peft_model(tiny.model(architecture), config)
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_(std=0.3)
-    return model.eval()
-
-
 def plain_logits(model, batch: Batch) -> torch.Tensor:
     with torch.no_grad():
         return model(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False).logits
@@ -89,7 +75,7 @@ def test_the_model_that_is_given_stays_as_it_was(architecture):
 
 
 def test_an_adapter_is_merged(architecture):
-    model = with_adapter(architecture)
+    model = tiny.with_adapter(architecture)
     batch = random_batch()
     expected = plain_logits(model, batch)
     opened = hook_model(model, tiny.tokenizer())
@@ -105,7 +91,7 @@ def test_an_adapter_that_was_not_merged_is_refused(architecture, monkeypatch):
 
     monkeypatch.setattr(PeftModel, "merge_and_unload", lambda self: self.get_base_model(), raising=False)
     with pytest.raises(StoneyError, match="not merged"):
-        hook_model(with_adapter(architecture), tiny.tokenizer())
+        hook_model(tiny.with_adapter(architecture), tiny.tokenizer())
 
 
 def test_a_hooked_model_that_computes_something_else_is_refused(monkeypatch):
@@ -142,7 +128,7 @@ def test_the_base_in_place_of_the_tuned_checkpoint_is_refused(tmp_path):
 
 def test_opens_an_adapter_directory_on_its_base(tmp_path):
     base = tiny.checkpoint(tmp_path / "base", "phi3")
-    model = with_adapter("phi3")
+    model = tiny.with_adapter("phi3")
     model.peft_config["default"].base_model_name_or_path = str(base)
     model.save_pretrained(tmp_path / "adapter")
     tiny.tokenizer().save_pretrained(tmp_path / "adapter")

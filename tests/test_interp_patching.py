@@ -21,24 +21,14 @@ from stoney_rl.interp.patching import Effects, attribute, mean_gap, patch, span_
 INDUCTION = Path(__file__).with_name("induction")
 
 
-def lively(architecture: str) -> HookedModel:
-    """Random weights large enough for attention to choose and for heads and MLPs to matter, which they don't at first."""
-    model = tiny.model(architecture)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                parameter.mul_(8)
-    return hook_model(model, tiny.tokenizer(), architecture)
-
-
 @pytest.fixture(scope="module", params=tiny.ARCHITECTURES)
 def model(request) -> HookedModel:
-    return lively(request.param)
+    return tiny.lively(request.param)
 
 
 @pytest.fixture(scope="module")
 def llama() -> HookedModel:
-    return lively("llama")
+    return tiny.lively("llama")
 
 
 @pytest.fixture(scope="module")

@@ -40,15 +40,7 @@ def probe():
 
 def with_adapter(architecture="llama", **options):
     """A model in training as the stages have it: LoRA with dropout and random B, frozen base, checkpointing."""
-    from peft import LoraConfig, get_peft_model
-
-    config = LoraConfig(r=4, target_modules="all-linear", lora_dropout=0.3, task_type="CAUSAL_LM", **options)
-    model = get_peft_model(tiny.model(architecture), config)
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if "lora_B" in name:
-                weight.normal_(std=0.3)
+    model = tiny.with_adapter(architecture, lora_dropout=0.3, **options)
     if architecture == "gemma2":
         model.config.final_logit_softcapping = 1.0  # so low that leaving it out shows
     model.gradient_checkpointing_enable()

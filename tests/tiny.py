@@ -66,3 +66,32 @@ def checkpoint(directory: Path, architecture: str = "llama", **options) -> Path:
     model(architecture, **options).save_pretrained(directory)
     tokenizer().save_pretrained(directory)
     return directory
+
+
+def with_adapter(architecture: str = "llama", **options):
+    """Such a model with a LoRA adapter that changes it a lot: its B matrices are random, not zero."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", **options)
+    adapted = get_peft_model(model(architecture), config)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.3)
+    return adapted.eval()
+
+
+def lively(architecture: str):
+    """Hooked, with random weights large enough for attention to choose and for heads and MLPs to matter."""
+    import torch
+
+    from stoney_rl.interp.hooked import hook_model
+
+    loud = model(architecture)
+    with torch.no_grad():
+        for parameter in loud.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(8)
+    return hook_model(loud, tokenizer(), architecture)

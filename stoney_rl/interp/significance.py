@@ -28,12 +28,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from stoney_rl.errors import StoneyError
-from stoney_rl.metrics.intervals import CONFIDENCE, MIN_UNITS
+from stoney_rl.metrics.intervals import CONFIDENCE, MIN_UNITS, resample
 
 LEVEL = 0.05  # of q: the share of findings that may be false
 TRIALS = 10_000  # sign flips and resamples, at least
 SHARE = 0.5  # of the clusters, in a resample
-_DRAWS = 2**22  # draws held at once
 _CELLS = 2**24  # numbers held at once, 128 MB
 
 
@@ -166,14 +165,7 @@ def _resampled_t(error: np.ndarray, sizes: np.ndarray, trials: int, seed: int) -
     """t* [trial, k]. All of it is made of sums over the drawn clusters of e, e^2, e n, n, n^2 (e: error, n: size)."""
     units, n = len(error), sizes[:, None]
     statistics = np.hstack([error, error**2, error * n, n, n**2])
-    rng, drawn, block = np.random.default_rng(seed), math.ceil(SHARE * units), max(1, _DRAWS // units)
-    found = []
-    for start in range(0, trials, block):
-        size = min(block, trials - start)
-        draws = rng.integers(units, size=(size, drawn)) + units * np.arange(size)[:, None]
-        times_drawn = np.bincount(draws.ravel(), minlength=size * units).reshape(size, units)
-        found.append(_studentised(times_drawn.astype(np.float64) @ statistics))
-    return np.concatenate(found)
+    return resample(statistics, _studentised, seed=seed, resamples=trials, size=math.ceil(SHARE * units))
 
 
 def _studentised(totals: np.ndarray) -> np.ndarray:

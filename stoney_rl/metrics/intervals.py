@@ -269,10 +269,10 @@ def detectable_difference(
     return float(np.quantile(resample(moments, needed, seed=seed, resamples=simulations), power))
 
 
-def resample(sums_by_unit, score: Callable, *, seed: int, resamples: int):
-    """Scores of ``resamples`` bootstrap resamples: [unit, k] sums -> [resamples] scores.
+def resample(sums_by_unit, score: Callable, *, seed: int, resamples: int, size: int | None = None):
+    """Scores of ``resamples`` bootstrap resamples: [unit, k] sums -> [resamples, ...] scores.
 
-    Units are drawn with replacement, as many as there are; ``score`` maps summed [..., k] to [...].
+    ``size`` units are drawn with replacement, by default as many as there are; ``score`` maps summed [..., k] to [...].
     """
     import numpy as np
 
@@ -281,9 +281,9 @@ def resample(sums_by_unit, score: Callable, *, seed: int, resamples: int):
     block = max(1, _DRAWS // units)
     scores = []
     for start in range(0, resamples, block):
-        size = min(block, resamples - start)
-        draws = rng.integers(units, size=(size, units)) + units * np.arange(size)[:, None]
-        times_drawn = np.bincount(draws.ravel(), minlength=size * units).reshape(size, units)
+        rows = min(block, resamples - start)
+        draws = rng.integers(units, size=(rows, size or units)) + units * np.arange(rows)[:, None]
+        times_drawn = np.bincount(draws.ravel(), minlength=rows * units).reshape(rows, units)
         scores.append(score(times_drawn.astype(np.float64) @ sums_by_unit))
     return np.concatenate(scores)
 
