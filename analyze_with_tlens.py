@@ -28,7 +28,7 @@ from stoney_rl.models import ModelSource, find_model, resolve_unpublished
 RESULTS_FILE, SUMMARY_FILE, REPORT_FILE = "results.json", "summary.txt", "report.html"
 TRACE_FILE = "trace.jsonl"
 EXIT_NOT_TO_BE_BELIEVED = 1
-TASKS = ("attention", "attribution", "lens", "tuned_lens", "patching", "ablation", "neurons", "circuit")
+TASKS = ("attention", "attribution", "lens", "tuned_lens", "residual", "patching", "ablation", "neurons", "circuit")
 FAMILIES = ("lookup", "lookup_form", "lookup_english", "recall", "affix")
 # Arguments that change no number.
 NOT_IDENTITY = {"overwrite", "config", "output_dir", "batch_size", "model_path", "compare"}

@@ -179,8 +179,8 @@ def _read_lens(model: HookedModel, plan: Plan, tuned: tuned_lens.TunedLens | Non
 
 
 def measure_patching(model: HookedModel, plan: Plan, done: dict[str, Measured]) -> Measured:
-    """By family, in logits, by attribution patching: heads, mlps [pair, layer, ...] and residual [pair, layer, region]; on the
-    reporting pairs, by true runs: top [pair, head], the heads that the other half chose. Facts: which heads."""
+    """By family, in logits: heads, mlps [pair, layer, ...] by attribution patching; on the reporting pairs, by true runs: top
+    [pair, head], the heads that the other half chose. Facts: which heads."""
     arrays = _by_family(model, plan, lambda batch: _estimated(model, batch), "attribution patching")
     chosen = {}
     for family in plan.families:
@@ -197,15 +197,9 @@ def measure_patching(model: HookedModel, plan: Plan, done: dict[str, Measured]) 
 
 
 def _estimated(model: HookedModel, batch: PairBatch) -> dict[str, torch.Tensor]:
-    """All from the same passes; a head's and an MLP's effect is that of all regions together."""
-    found = patching.attribute(model, batch, ["head", "mlp_out", "resid_pre"], groups=circuit.regions(batch))
-    return {
-        "clean": found["head"].clean,
-        "corrupt": found["head"].corrupt,
-        "heads": found["head"].values.nansum(2),
-        "mlps": found["mlp_out"].values.nansum(2),
-        "residual": found["resid_pre"].values,
-    }
+    found = patching.attribute(model, batch, ["head", "mlp_out"])
+    heads, mlps = found["head"], found["mlp_out"]
+    return {"clean": heads.clean, "corrupt": heads.corrupt, "heads": heads.values, "mlps": mlps.values}
 
 
 def choose_heads(values: np.ndarray, plan: Plan) -> list[tuple[int, int]]:
@@ -216,6 +210,19 @@ def choose_heads(values: np.ndarray, plan: Plan) -> list[tuple[int, int]]:
     order = np.argsort(-mean, axis=None, kind="stable")[: min(plan.top_k, (mean >= 0).sum())]
     strongest = [(int(layer), int(head)) for layer, head in zip(*np.unravel_index(order, mean.shape), strict=True)]
     return list(dict.fromkeys([*strongest, *plan.heads]))
+
+
+def measure_residual(model: HookedModel, plan: Plan, done: dict[str, Measured]) -> Measured:
+    """By family, on the reporting pairs: residual [pair, layer, region], logits that come back when the stream before the
+    layer is the clean prompt's there. True runs, as an estimate along the path of inputs adds up over the embeddings only."""
+
+    def measure(batch: PairBatch) -> dict[str, torch.Tensor]:
+        return {"residual": patching.patch(model, batch, "resid_pre", groups=circuit.regions(batch)).values}
+
+    arrays: dict[str, np.ndarray] = {}
+    for family in plan.families:
+        arrays |= _over_pairs(model, plan, family, plan.halves(family)[1], measure, "residual stream")
+    return Measured(arrays=arrays)
 
 
 def measure_ablation(model: HookedModel, plan: Plan, done: dict[str, Measured]) -> Measured:
@@ -322,6 +329,7 @@ TASKS: dict[str, Task] = {
     "attribution": measure_attribution,
     "lens": measure_lens,
     "tuned_lens": measure_tuned_lens,
+    "residual": measure_residual,
     "patching": measure_patching,
     "ablation": measure_ablation,
     "neurons": measure_neurons,

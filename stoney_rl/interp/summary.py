@@ -88,10 +88,11 @@ def measures(models: Models, plan: Plan, floors: Measured) -> list[dict]:
             }
             found += _grid(key, values, clusters, plan.seed, floor=floor, family=family)
         values = {
-            name: tasks["patching"].arrays[f"{family}/residual"]
+            name: tasks["residual"].arrays[f"{family}/residual"]
             for name, tasks in models.items()
-            if "patching" in tasks
+            if "residual" in tasks
         }
+        clusters = [pairs[index].cluster for index in plan.halves(family)[1]]
         found += _grid("residual", values, clusters, plan.seed, family=family, columns=POSITIONS)
     return found
 
@@ -102,9 +103,9 @@ _OWN = {  # measures that report.MEASURES does not know, or that are given in lo
         "name": "residual stream",
         "unit": "logits, answer minus wrong",
         "scale": "diverging",
-        "tells": "Where the answer's information stands before each layer: what the residual stream at these words carries of "
-        "the difference between the prompts. It moves from the differing words to the last token.",
-        "cannot": "Which head or MLP moved it; and it is the estimate of attribution patching, not a run.",
+        "tells": "Where the answer's information stands before each layer: what comes back when the stream at these words is "
+        "the clean prompt's. It moves from the differing words to the last token.",
+        "cannot": "Which head or MLP moved it.",
     },
 }
 
