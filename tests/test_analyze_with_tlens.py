@@ -100,6 +100,26 @@ def test_a_stopped_analysis_goes_on_where_it_was_and_comes_to_the_same(analysed,
     assert first == second
 
 
+def test_page_pictures_and_tables_go_to_wandb_with_the_lineage(models, tmp_path, monkeypatch):
+    sent = []
+
+    class Recorder:
+        run_id, group, url = "run", "group", None
+
+        def __getattr__(self, kind):
+            return lambda *given, **_: sent.append((kind, *given))
+
+    monkeypatch.setattr(analyze_with_tlens.tracking, "start_stage", lambda *_, **__: Recorder())
+    output = tmp_path / "out"
+    assert analyze_with_tlens.main(arguments(models, output, "--tasks", "attention", compare=())) == 0
+    kinds = [kind for kind, *_ in sent]
+    assert kinds[0] == "use_artifact" and kinds[-1] == "finish" and "image" in kinds
+    assert ("html", "report", output / "report.html") in sent
+    assert ("artifact", "out", "analysis", str(output)) in sent
+    tables = {given[0]: given[2] for kind, *given in sent if kind == "table"}
+    assert len(tables["trust"]) >= 10 and "checks of the hooks" in tables["findings"][0][0]
+
+
 def test_identical_checkpoints_differ_by_nothing(models, tmp_path):
     output = tmp_path / "out"
     given = arguments(models, output, "--tasks", "attention", "patching", compare=("twin",))
