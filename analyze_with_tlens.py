@@ -15,7 +15,7 @@ Exit codes: 0 done, 1 an invariant does not hold, so that figures can't be belie
 
 import argparse
 import functools
-import shutil
+import shlex
 import sys
 import textwrap
 from pathlib import Path
@@ -26,12 +26,14 @@ from stoney_rl.metrics.systems import base_of, describe, short_name
 from stoney_rl.models import ModelSource, find_model, resolve_unpublished
 
 RESULTS_FILE, SUMMARY_FILE, REPORT_FILE = "results.json", "summary.txt", "report.html"
-TRACE_FILE = "trace.jsonl"
+STAGE, TRACE_FILE = "analysis", "trace.jsonl"
+WIDTH = 100  # of summary.txt
+FEW = 20  # clusters of a family: half of them must be as many as an interval takes
 EXIT_NOT_TO_BE_BELIEVED = 1
 TASKS = ("attention", "attribution", "lens", "tuned_lens", "residual", "patching", "ablation", "neurons", "circuit")
 FAMILIES = ("lookup", "lookup_form", "lookup_english", "recall", "affix")
 # Arguments that change no number.
-NOT_IDENTITY = {"overwrite", "config", "output_dir", "batch_size", "model_path", "compare"}
+NOT_IDENTITY = {"overwrite", "config", "output_dir", "batch_size", "model_path", "compare", "trace"}
 MAX_SHOWN_TOKENS = 120  # of the sample text: a pattern is drawn for every head
 
 
@@ -129,6 +131,7 @@ def main(argv: list[str] | None = None) -> int:
     sources = find_models(args)
     if args.trace and not (Path(args.trace) / TRACE_FILE).exists():
         raise StoneyError(f"--trace {args.trace}: no {TRACE_FILE} there; train with --trace_every")
+    check_device(args.device)
     for name, source in sources.items():
         print(f"{name}:", *(f"  {line}" for line in checkpoints.lineage(Path(source.name))), sep="\n")
 
@@ -140,20 +143,24 @@ def main(argv: list[str] | None = None) -> int:
     check_vocabularies(tokenizers)
     main_name, tokenizer = next(iter(tokenizers.items()))
     plan = make_plan(args, sources, tokenizer)
-    tasks = analysis.ordered(["trust", *(TASKS if "all" in args.tasks else args.tasks)])
+    traced_in = args.trace or trace_of(sources[main_name])
+    trace = tracer.read(traced_in) if traced_in else None
+    asked = [task for task in TASKS if task != "tuned_lens" or plan.rows] if "all" in args.tasks else args.tasks
+    tasks = analysis.ordered(["trust", *asked])
     output = Path(args.output_dir or Path("analysis") / main_name)
     identity = runs.identify(
         vars(args),
         NOT_IDENTITY,
-        models={name: describe(source) for name, source in sources.items()},
+        models=[describe(source) | {"weights": checkpoints.weights_id(source.name)} for source in sources.values()],
         asked_sha256=plan.sha256(),
     )
-    if args.overwrite and output.exists() and not (output / RESULTS_FILE).exists():
-        raise StoneyError(f"--overwrite: {output} is not an analysis (no {RESULTS_FILE}); choose another --output_dir")
+    earlier = (checkpoints.read_stage(output) or {}) if output.is_dir() else {}
+    if args.overwrite and output.exists() and earlier.get("stage") != STAGE:
+        raise StoneyError(f"--overwrite: {output} is not an analysis; choose another --output_dir")
     if runs.is_finished([output], identity, overwrite=args.overwrite):
         print((output / SUMMARY_FILE).read_text(encoding="utf-8"))
         print(f"{output}/: analysed with these settings already (--overwrite analyses again)")
-        return 0
+        return earlier["exit_code"]
     partial = runs.open_partial(output, identity, resume=True, overwrite=args.overwrite)
 
     # 3. One model at a time, one task at a time; what was measured before a stop is not measured again.
@@ -166,6 +173,9 @@ def main(argv: list[str] | None = None) -> int:
         open_model = functools.cache(functools.partial(opened, args, name, source, first))
         measured[name] = analysis.measure_model(partial / runs.MEASURED / name, tasks, plan, open_model)
         floors = floors or analysis.measure_floor(partial / runs.MEASURED, tasks, plan, open_model)
+
+    broken = any(tasks["trust"].facts["failed"] for tasks in measured.values())
+    exit_code = EXIT_NOT_TO_BE_BELIEVED if broken else 0
 
     # 4. What a person reads.
     results, arrays = summary.summarise(
@@ -180,21 +190,21 @@ def main(argv: list[str] | None = None) -> int:
             for name, source in sources.items()
         ],
     )
-    directory = args.trace or trace_of(sources[main_name])
-    if directory:
-        results["trace"], traced = summary.trace_view(main_name, tracer.read(directory), tokenizer)
+    if trace:
+        results["trace"], traced = summary.trace_view(main_name, trace, tokenizer)
         arrays |= traced
     report.write(partial / REPORT_FILE, results, arrays)
     pictures = plots.draw(results, arrays, partial)
-    text = "\n\n".join(textwrap.fill(line, shutil.get_terminal_size((100, 24)).columns) for line in results["findings"])
+    text = "\n\n".join(textwrap.fill(line, WIDTH) for line in results["findings"])
     (partial / SUMMARY_FILE).write_text(text + "\n", encoding="utf-8")
     checkpoints.write_json(
         partial / checkpoints.STAGE_FILE,
         checkpoints.describe_stage(
-            "analysis",
+            STAGE,
             arguments=vars(args),
             seed=args.seed,
             identity=identity,
+            exit_code=exit_code,
             wandb={"run_id": tracker.run_id, "group": tracker.group, "url": tracker.url},
         ),
     )
@@ -212,8 +222,7 @@ def main(argv: list[str] | None = None) -> int:
     ])  # fmt: skip
     tracker.artifact(output.name, "analysis", str(output))
     tracker.finish()
-    broken = any(tasks["trust"].facts["failed"] for tasks in measured.values())
-    return EXIT_NOT_TO_BE_BELIEVED if broken else 0
+    return exit_code
 
 
 def find_models(args: argparse.Namespace) -> dict[str, ModelSource]:
@@ -234,6 +243,17 @@ def find_models(args: argparse.Namespace) -> dict[str, ModelSource]:
             raise StoneyError(f"{flag} {given}: a second model called {name}; give each folder its own name")
         sources[name] = find_model(path)
     return sources
+
+
+def check_device(device: str | None) -> None:
+    """Raise ``StoneyError`` for a device that torch does not know or that is not here."""
+    import torch
+
+    if device:
+        try:
+            torch.empty(1, device=device)
+        except (RuntimeError, AssertionError, NotImplementedError) as error:
+            raise StoneyError(f"--device {device}: {str(error).splitlines()[0][:120]}") from error
 
 
 def check_vocabularies(tokenizers: dict) -> None:
@@ -265,18 +285,28 @@ def make_plan(args: argparse.Namespace, sources: dict[str, ModelSource], tokeniz
         entries = plan.find_lexicon(args.lexicon, dataset)
         if not args.include_trained:
             entries, left_out = plan.untrained(entries, names)
-            print(f"lexicon: {len(entries):,} entries; {left_out:,} that a model was trained on are left out")
+            print(f"lexicon: {len(entries):,} entries, without {left_out:,} that a model's training record names")
         sets = plan.build_families(entries, tokenizer, args.families, args.num_pairs, args.seed)
     families: dict[str, list] = {}
     for found in sets:
         print(found.describe())
         families |= plan.by_family(found.pairs)
+    for family, members in families.items():
+        clusters = len({pair.cluster for pair in members})
+        if clusters < FEW:
+            print(
+                f"{family}: {clusters} clusters; with fewer than {FEW}, what is reported on half of them has no interval"
+            )
     first = next(iter(families.values()))[0]
     text = tokenizer(args.sample_text)["input_ids"] if args.sample_text else list(first.clean)
     if not 2 <= len(text) <= MAX_SHOWN_TOKENS:
         what = "--sample_text" if args.sample_text else "the first pair's prompt (give a --sample_text)"
         raise StoneyError(
             f"{what}: {len(text)} tokens; expected 2 to {MAX_SHOWN_TOKENS}, as each head's pattern is drawn"
+        )
+    if not rows and "tuned_lens" in args.tasks:
+        raise StoneyError(
+            "--tasks tuned_lens: needs held-out rows to be fitted to, and the model names none that are here"
         )
     texts = plan.row_texts(rows, tokenizer) or [
         list(ids) for members in families.values() for pair in members for ids in (pair.clean, pair.corrupt)
@@ -288,6 +318,7 @@ def make_plan(args: argparse.Namespace, sources: dict[str, ModelSource], tokeniz
         families,
         text,
         texts,
+        rows=len(rows),
         layers=args.layers,
         heads=tuple(args.heads),
         top_k=args.top_k,
@@ -335,7 +366,7 @@ def about(args: argparse.Namespace, plan) -> dict[str, str]:
     from importlib.metadata import version
 
     return {
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "seed": str(args.seed),
         "pairs": ", ".join(f"{len(pairs)} {family}" for family, pairs in plan.families.items()),
         "asked (sha256)": plan.sha256()[:12],

@@ -99,7 +99,8 @@ def measure_trust(model: HookedModel, plan: Plan, done: dict[str, Measured]) -> 
     pairs = next(iter(plan.families.values()))
     values = trust.measure(model, pairs)
     shape = {"layers": model.n_layers, "heads": model.n_heads}
-    return Measured({"values": values, "failed": trust.failed(values, model.dtype), "shape": shape})
+    limits = {key: invariant.limit_in(model.dtype) for key, invariant in trust.INVARIANTS.items()}
+    return Measured({"values": values, "limits": limits, "failed": trust.failed(values, model.dtype), "shape": shape})
 
 
 def measure_attention(model: HookedModel, plan: Plan, done: dict[str, Measured]) -> Measured:

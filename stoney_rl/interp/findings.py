@@ -2,8 +2,9 @@
 
     for line in findings(models, plan, floors): print(line)
 
-Every number is about pairs on which nothing was chosen, and stands beside what chance gives: random heads, random
-circuits, models with random weights.
+Effects that were tested are those of pairs on which nothing was chosen, and stand beside what chance gives: random heads,
+random circuits, models with random weights. How many heads carry something, and which ones training changed, is read off
+the estimate of attribution patching on all pairs, and said so.
 """
 
 from collections.abc import Mapping, Sequence
@@ -25,6 +26,8 @@ def findings(models: summary.Models, plan: Plan, floors: Measured) -> list[str]:
     for name, tasks in models.items():
         if "attention" in tasks:
             lines.append(f"{name}. Copying: {_copying(tasks['attention'])}")
+        if "tuned_lens" in tasks:
+            lines.append(f"{name}. Tuned lens: {_fit(tasks['tuned_lens'].facts['fit'])}")
         for family in plan.families:
             lines += [f"{name}, {family}. {line}" for line in _of_family(tasks, family, plan, floors)]
     for family in plan.families:
@@ -52,8 +55,8 @@ def _of_family(tasks: Mapping[str, Measured], family: str, plan: Plan, floors: M
         clean, corrupt = (behaviour.arrays[f"{family}/{key}"] for key in ("clean", "corrupt"))
         gap = significance.effects((clean - corrupt)[:, None], clusters, seed=plan.seed)
         lines.append(_behaviour(clean, corrupt, clusters, gap, plan.seed))
-        if not (gap.found[0] and gap.mean[0] > 0):
-            return [f"{lines[0]} That is no more than chance, so there is nothing to trace."]
+        if not summary.tells_apart(gap):
+            return [f"{lines[0]} {_nothing_to_trace(gap)}"]
     if "patching" in tasks:
         lines.append(_heads(tasks["patching"], family, plan, floors, clusters, held, reporting))
     if "ablation" in tasks:
@@ -64,6 +67,14 @@ def _of_family(tasks: Mapping[str, Measured], family: str, plan: Plan, floors: M
         if task in tasks:
             lines.append(_depth(tasks[task].arrays, family, lens))
     return lines
+
+
+def _nothing_to_trace(gap: significance.Effects) -> str:
+    if gap.low is None:
+        return f"Whether that is more than chance can't be said ({gap.note}), so nothing is traced."
+    if gap.high[0] < 0:
+        return "It prefers the wrong answers, so there is no path to a right one to trace."
+    return "That is no more than chance, so there is nothing to trace."
 
 
 def _behaviour(clean: np.ndarray, corrupt: np.ndarray, clusters: Sequence, gap: significance.Effects, seed: int) -> str:
@@ -90,7 +101,7 @@ def _heads(
     over_all = significance.effects(values, clusters, seed=plan.seed, floor=floor)
     tested = measured.facts["top"][family]
     true = significance.effects(measured.arrays[f"{family}/top"], held, seed=plan.seed)
-    order = np.argsort(-np.abs(true.mean))[:NAMED]
+    order = range(min(NAMED, len(tested)))  # as the other half ranked them
     named = ", ".join(f"{tested[index][0]}.{tested[index][1]} {_interval(true, index)}" for index in order)
     beside = (
         f"above those of {plan.random_models} random models (at most {floor:.2g})"
@@ -100,9 +111,9 @@ def _heads(
     gap = float((measured.arrays[f"{family}/clean"] - measured.arrays[f"{family}/corrupt"]).mean())
     large = int((over_all.found & (np.abs(over_all.mean) >= LARGE * gap)).sum())
     return (
-        f"Heads: {int(over_all.found.sum())} of {over_all.found.size} carry some of it (q <= 0.05, {beside}), {large} of them "
-        f"{LARGE:.0%} or more. Patched in earnest on {len(held)} other pairs, the strongest bring back (layer.head, logits) {named}; "
-        f"the estimate ranks the {len(tested)} heads that were tested as the true effect does at "
+        f"Heads: by the estimate {int(over_all.found.sum())} of {over_all.found.size} carry some of it (q <= 0.05, {beside}), {large} "
+        f"of them {LARGE:.0%} or more. Patched in earnest on {len(held)} other pairs, those that seemed strongest bring back "
+        f"(layer.head, logits) {named}; the estimate ranks the {len(tested)} heads that were tested as the true effect does at "
         f"{_agreement(measured, family, reporting)} (Spearman)."
     )
 
@@ -129,14 +140,15 @@ def _circuit(measured: Measured, family: str, held: Sequence, seed: int) -> str:
     arrays = {key.split("/", 1)[1]: value for key, value in measured.arrays.items() if key.startswith(f"{family}/")}
     found, sizes = summary.faithfulness(arrays, held, seed), measured.facts[family]["sizes"]
     if found is None:
-        return "Circuit: none, as it does not tell the two prompts apart."
+        return "Circuit: not told, as these pairs alone do not show that it tells the two prompts apart."
     reached = [index for index, share in enumerate(found["circuit"]) if share >= CIRCUIT]
     if not reached:
         return f"Circuit: none keeps {CIRCUIT:.0%} of it."
     index = reached[0]
+    low, high = found["circuit_low"][index], found["circuit_high"][index]
     return (
-        f"Circuit: {sizes[index]} of {sizes[-1]} heads and MLPs, each at one kind of position, keep {found['circuit'][index]:.0%} of the "
-        f"difference; random ones of that size {found['random'][index]:.0%}."
+        f"Circuit: {sizes[index]} of {sizes[-1]} heads and MLPs, each at one kind of position, keep {found['circuit'][index]:.0%} "
+        f"[{low:.0%}, {high:.0%}] of the difference; random ones of that size {found['random'][index]:.0%}."
     )
 
 
@@ -147,9 +159,14 @@ def _depth(arrays: Mapping[str, np.ndarray], family: str, lens: str) -> str:
     if not len(settled):
         return f"Depth: by the {lens} the answer is never the likelier one at the end."
     low, middle, high = np.percentile(settled, [25, 50, 75])
+    wrong = (
+        ""
+        if len(settled) == len(depth)
+        else f"; {len(depth) - len(settled)} of {len(depth)} prompts end with the wrong one"
+    )
     return (
-        f"Depth: by the {lens} the answer stays ahead of the wrong one from layer {middle:.0f} of {layers} on (median; quartiles {low:.0f} "
-        f"and {high:.0f}; {len(settled)} of {len(depth)} prompts, the others end with the wrong one)."
+        f"Depth: by the {lens} the answer stays ahead of the wrong one from layer {middle:.0f} of {layers} on (median; quartiles "
+        f"{low:.0f} and {high:.0f}{wrong})."
     )
 
 
@@ -164,6 +181,15 @@ def _copying(measured: Measured) -> str:
     return f"on random tokens written twice it predicts {_share(copied)} of the second half; {'; '.join(parts)}."
 
 
+def _fit(fit: Mapping) -> str:
+    plain, tuned = (np.array(fit[key]) for key in ("plain_kl", "tuned_kl"))
+    worse = int((tuned > plain).sum())
+    return (
+        f"fitted to {fit['tokens']} tokens of held-out rows; on {fit['held_out_tokens']} of others it is {tuned.mean():.2f} nats from "
+        f"what the model says in the end, the plain lens {plain.mean():.2f} (KL, mean over layers; worse in {worse} of {len(plain)})."
+    )
+
+
 def _differences(models: summary.Models, family: str, plan: Plan) -> list[str]:
     names = [name for name, tasks in models.items() if "patching" in tasks]
     clusters = [pair.cluster for pair in plan.families[family]]
@@ -175,7 +201,7 @@ def _differences(models: summary.Models, family: str, plan: Plan) -> list[str]:
         change = significance.difference(*(gap[:, None] for gap in gaps), clusters, seed=plan.seed)
         heads = significance.difference(a[f"{family}/heads"], b[f"{family}/heads"], clusters, seed=plan.seed)
         lines.append(
-            f"{first} against {other}, {family}: the prompts differ by {_interval(change, 0)} logits more. "
+            f"{first} minus {other}, {family}. The difference of the prompts: {_interval(change, 0)} logits. "
             f"{_changed_heads(heads)}"
         )
     return lines
@@ -189,11 +215,14 @@ def _changed_heads(heads: significance.Effects) -> str:
         wide = (
             f" (half the median interval is {np.nanmedian(width) / 2:.2g} logits)" if np.isfinite(width).any() else ""
         )
-        return f"No head's part in it changed by more than chance{wide}."
+        return f"By the estimate no head's part in it differs by more than chance{wide}."
     order = np.argsort(-np.abs(np.where(heads.found, heads.mean, 0)), axis=None)[: min(NAMED, int(heads.found.sum()))]
     places = [np.unravel_index(index, heads.mean.shape) for index in order]
     named = ", ".join(f"{layer}.{head} {_interval(heads, (layer, head))}" for layer, head in places)
-    return f"{int(heads.found.sum())} of {heads.found.size} heads changed their part in it (q <= 0.05), most of all {named}."
+    return (
+        f"By the estimate {int(heads.found.sum())} of {heads.found.size} heads differ in their part in it (q <= 0.05), most of all "
+        f"{named}; the largest of many look larger than they are."
+    )
 
 
 def _interval(effect: significance.Effects, index: int | tuple) -> str:

@@ -26,7 +26,8 @@ TEXTS = 64  # rows that neurons are looked up in, and that a tuned lens is fitte
 @dataclass(frozen=True)
 class Plan:
     """``families``: prompt pairs by family. ``text``: token ids of the sample text. ``texts``: token ids of other texts,
-    for examples of neurons and the tuned lens. ``layers``: the first and last in which heads and neurons are chosen; None:
+    for examples of neurons and the tuned lens. ``rows``: how many held-out rows those come of; 0: they are the pairs' own
+    prompts. ``layers``: the first and last in which heads and neurons are chosen; None:
     all. ``heads``: (layer, head) that are tested whatever their rank. ``top_k``: heads and neurons that are.
     ``random_models``: of the same shape, for the floor.
     """
@@ -34,6 +35,7 @@ class Plan:
     families: dict[str, list[PromptPair]]
     text: list[int]
     texts: list[list[int]]
+    rows: int = 0
     layers: tuple[int, int] | None = None
     heads: tuple[tuple[int, int], ...] = ()
     top_k: int = 10
@@ -58,7 +60,7 @@ class Plan:
         """Of everything that is asked: two analyses with the same one can be compared."""
         asked = [
             {
-                family: [[pair.clean, pair.corrupt, pair.answer, pair.wrong] for pair in pairs]
+                family: [[pair.clean, pair.corrupt, pair.answer, pair.wrong, pair.cluster] for pair in pairs]
                 for family, pairs in self.families.items()
             },
             self.text,
@@ -68,11 +70,14 @@ class Plan:
 
 
 def by_family(pairs: Sequence[PromptPair]) -> dict[str, list[PromptPair]]:
-    """Raises ``StoneyError`` for a family whose pairs share one cluster: nothing could be chosen apart from reporting."""
+    """Raises ``StoneyError`` for a family whose pairs share one cluster, as nothing could be chosen apart from reporting,
+    and for a name that can't be part of an array's."""
     families: dict[str, list[PromptPair]] = {}
     for pair in pairs:
         families.setdefault(pair.family, []).append(pair)
     for family, members in families.items():
+        if "/" in family or family == "text":
+            raise StoneyError(f"family {family!r}: choose a name without '/', and not 'text'")
         if len({pair.cluster for pair in members}) < 2:
             raise StoneyError(
                 f"{family}: {len(members)} pairs of one cluster; two at least are needed, one half to choose heads on and one to report on"

@@ -124,7 +124,14 @@ def _grid(
     scored = {name: array for name, array in values.items() if array.size}
     if not scored:
         return []
-    n = len(next(iter(scored.values())))
+    whole = np.all(
+        [np.isfinite(array).all(axis=(1, 2)) for array in scored.values()], axis=0
+    )  # a pair may lack a region
+    if not whole.any():
+        return []
+    scored = {name: array[whole] for name, array in scored.items()}
+    n = int(whole.sum())
+    clusters = None if clusters is None else [cluster for cluster, kept in zip(clusters, whole, strict=True) if kept]
     clusters = list(range(n)) if clusters is None else clusters
     known = report.MEASURES.get(key, {}) | _OWN.get(key, {})
     name = known["name"] if family is None else f"{known['name']} ({family})"
@@ -133,16 +140,13 @@ def _grid(
     measure = known | {"key": key if family is None else f"{key}/{family}", "name": name, "n": n}
     if columns is not None:
         measure["columns"] = list(columns)
-    effects = {
-        name: significance.effects(np.nan_to_num(array), clusters, seed=seed, floor=floor)
-        for name, array in scored.items()
-    }
+    effects = {name: significance.effects(array, clusters, seed=seed, floor=floor) for name, array in scored.items()}
     measure["values"] = {name: _entry(effect, is_effect) for name, effect in effects.items()}
     first = next(iter(scored))
     measure["differences"] = [
         {"of": [first, other]}
         | _entry(
-            significance.difference(np.nan_to_num(scored[other]), np.nan_to_num(scored[first]), clusters, seed=seed),
+            significance.difference(scored[other], scored[first], clusters, seed=seed),
             True,
         )
         for other in list(scored)[1:]
@@ -172,7 +176,7 @@ def trust_panel(models: Models) -> list[dict]:
             "name": invariant.name,
             "meaning": invariant.meaning,
             "holds": "at most",
-            "limit": invariant.limit,
+            "limit": max(tasks["trust"].facts["limits"][key] for tasks in models.values()),
             "values": {name: values[key] for name, values in measured.items()},
         }
         for key, invariant in trust.INVARIANTS.items()
@@ -218,24 +222,27 @@ def neuron_cards(models: Models, plan: Plan) -> list[dict]:
 
 
 def paths(models: Models, plan: Plan) -> list[dict]:
-    """The circuits as graphs, with their faithfulness beside random circuits."""
-    return [
+    """The circuits as graphs, with their faithfulness beside random circuits; of models that tell the prompts apart."""
+    found = [
         _path(name, family, plan, tasks["circuit"])
         for name, tasks in models.items()
         if "circuit" in tasks
         for family in plan.families
     ]
+    return [path for path in found if path]
 
 
-def _path(name: str, family: str, plan: Plan, measured: Measured) -> dict:
+def _path(name: str, family: str, plan: Plan, measured: Measured) -> dict | None:
     facts = measured.facts[family]
     arrays = {
         key.removeprefix(f"{family}/"): value for key, value in measured.arrays.items() if key.startswith(f"{family}/")
     }
-    values = np.nanmean(arrays["values"], axis=0)
-    gap = values[-1]  # the logits' own value is the whole difference
-    scale = gap if gap > 0 else 1.0
     reporting = plan.halves(family)[1]
+    found = faithfulness(arrays, [plan.families[family][index].cluster for index in reporting], plan.seed)
+    if found is None:
+        return None
+    values = np.nanmean(arrays["values"], axis=0)
+    scale = values[-1]  # the logits' own value is the whole difference
     example = plan.families[family][reporting[0]]
     regions = ["differing", "elsewhere", "last"]
     nodes = []
@@ -257,7 +264,7 @@ def _path(name: str, family: str, plan: Plan, measured: Measured) -> dict:
         {"from": nodes[sender]["id"], "to": nodes[receiver]["id"], "value": value / scale}
         for (sender, receiver), value in zip(facts["edges"], arrays["edges"].mean(axis=0), strict=True)
     ]
-    path = {
+    return {
         "name": f"{family}: {name}",
         "model": name,
         "n": len(reporting),
@@ -268,25 +275,28 @@ def _path(name: str, family: str, plan: Plan, measured: Measured) -> dict:
         "positions": list(POSITIONS),
         "nodes": nodes,
         "edges": edges,
+        "faithfulness": {"sizes": facts["sizes"]} | found,
     }
-    found = faithfulness(arrays, [plan.families[family][index].cluster for index in reporting], plan.seed)
-    return path | ({"faithfulness": {"sizes": facts["sizes"]} | found} if found else {})
 
 
 def faithfulness(arrays: Mapping[str, np.ndarray], clusters: Sequence, seed: int) -> dict | None:
-    """Mean share of the model's difference that each circuit keeps, and random ones, with intervals; None without a gap."""
-    gap = float((arrays["full"] - arrays["empty"]).mean())
-    if gap <= 0:
+    """Mean share of the model's difference that each circuit keeps, and random ones, with intervals (the difference itself
+    taken as it is); None unless the reporting pairs show that there is a difference to keep."""
+    differences = arrays["full"] - arrays["empty"]
+    if not tells_apart(significance.effects(differences[:, None], clusters, seed=seed)):
         return None
-    shares = (arrays["circuit"] - arrays["empty"][:, None]) / gap
-    random = ((arrays["random"] - arrays["empty"][:, None, None]) / gap).mean(axis=-1)
+    shares = (arrays["circuit"] - arrays["empty"][:, None]) / differences.mean()
+    random = ((arrays["random"] - arrays["empty"][:, None, None]) / differences.mean()).mean(axis=-1)
     found: dict[str, np.ndarray] = {}
     for key, values in (("circuit", shares), ("random", random)):
         effect = significance.effects(values, clusters, seed=seed)
-        found[key] = effect.mean
-        if effect.low is not None:
-            found |= {f"{key}_low": effect.low, f"{key}_high": effect.high}
+        found |= {key: effect.mean, f"{key}_low": effect.low, f"{key}_high": effect.high}
     return found
+
+
+def tells_apart(gap: significance.Effects) -> bool:
+    """Whether a model tells clean from corrupt prompts: their difference [1] is above zero by more than chance."""
+    return bool(gap.found[0] and gap.mean[0] > 0)
 
 
 def trace_view(

@@ -95,7 +95,7 @@ INVARIANTS = {
     "gradients": Invariant(
         "attributions add up",
         "Attribution patching of all embeddings against the clean-corrupt differences: error of the sum, as a share of them.",
-        0.01,
+        0.05,
     ),
     "left_behind": Invariant(
         "nothing is left behind",
@@ -109,7 +109,7 @@ INVARIANTS = {
 def measure(model: HookedModel, pairs: Sequence[PromptPair], *, most: int = 4) -> dict[str, float | None]:
     """The value of each of INVARIANTS on the first ``most`` pairs; None where it does not apply to this model.
 
-    About 50 forward passes. Raises ``StoneyError`` without pairs.
+    About 30 forward passes. Raises ``StoneyError`` without pairs.
     """
     if not pairs:
         raise StoneyError("the invariants are measured on prompt pairs; give at least one")
@@ -190,14 +190,7 @@ def _patch_all(model: HookedModel, pairs: PairBatch) -> float | None:
 
 
 def _gradients(model: HookedModel, pairs: PairBatch) -> float | None:
-    """With more steps where attention flips on the way from one prompt to the other, and few miss it."""
-    limit, error = INVARIANTS["gradients"].limit, None
-    for steps in (10, 40):
-        effects = patching.attribute(model, pairs, ["embedding"], steps=steps)["embedding"]
-        gaps = effects.clean - effects.corrupt
-        if not gaps.any():
-            break
-        error = float((effects.values.sum() - gaps.sum()).abs() / gaps.abs().sum())
-        if error <= limit:
-            break
-    return error
+    """With as many steps as every estimate takes."""
+    effects = patching.attribute(model, pairs, ["embedding"])["embedding"]
+    gaps = effects.clean - effects.corrupt
+    return float((effects.values.sum() - gaps.sum()).abs() / gaps.abs().sum()) if gaps.any() else None
