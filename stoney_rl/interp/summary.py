@@ -15,7 +15,11 @@ from stoney_rl.interp.plan import Plan
 from stoney_rl.interp.words import Word, split_words, token_labels
 
 NOT_OF_PAIRS = ("entropy", "sink", "previous_token", "induction", "duplicate_token")
-POSITIONS = ("where the prompts differ", "elsewhere", "last token")
+POSITIONS = (
+    "differing",
+    "elsewhere",
+    "last",
+)  # words: those that differ between the prompts, the others, the last token
 ON_PROMPTS = ("entropy", "sink")
 TRACED = 8  # steps of a trace that the page shows: patterns of all heads take half a megabyte each
 CURVES = (
@@ -103,8 +107,8 @@ _OWN = {  # measures that report.MEASURES does not know, or that are given in lo
         "name": "residual stream",
         "unit": "logits, answer minus wrong",
         "scale": "diverging",
-        "tells": "Where the answer's information stands before each layer: what comes back when the stream at these words is "
-        "the clean prompt's. It moves from the differing words to the last token.",
+        "tells": "Where the answer's information stands before each layer: what comes back when the stream is the clean "
+        "prompt's at the words that differ between the prompts, elsewhere, or at the last token.",
         "cannot": "Which head or MLP moved it.",
     },
 }
@@ -244,7 +248,6 @@ def _path(name: str, family: str, plan: Plan, measured: Measured) -> dict | None
     values = np.nanmean(arrays["values"], axis=0)
     scale = values[-1]  # the logits' own value is the whole difference
     example = plan.families[family][reporting[0]]
-    regions = ["differing", "elsewhere", "last"]
     nodes = []
     for node, value in zip(facts["nodes"], values, strict=True):
         label = {"head": f"{node['layer']}.{node['head']}", "mlp": f"MLP {node['layer']}"}.get(
@@ -256,7 +259,7 @@ def _path(name: str, family: str, plan: Plan, measured: Measured) -> dict | None
                 "label": label,
                 "kind": node["kind"],
                 "layer": node["layer"] or 0,
-                "position": regions.index(node["region"]),
+                "position": POSITIONS.index(node["region"]),
                 "value": value / scale,
             }
         )
