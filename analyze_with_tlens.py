@@ -39,7 +39,7 @@ MAX_SHOWN_TOKENS = 120  # of the sample text: a pattern is drawn for every head
 
 def build_parser() -> argparse.ArgumentParser:
     parser = cli.make_parser(__doc__)
-    parser.add_argument("--model_path", required=True, help="checkpoint directory (adapter or merged) or hub id")
+    parser.add_argument("--model_path", help="checkpoint directory (adapter or merged) or hub id")
     parser.add_argument("--compare", nargs="+", default=[], metavar="CHECKPOINT",
                         help="measure these too, on the same pairs; 'base': what the model was trained from")  # fmt: skip
     parser.add_argument("--output_dir", help="default: analysis/<model>")
@@ -124,7 +124,10 @@ def head_name(text: str) -> tuple[int, int]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = cli.parse_args(build_parser(), argv)
+    parser = build_parser()
+    args = cli.parse_args(parser, argv)
+    if not args.model_path:
+        parser.error("the following arguments are required: --model_path")
     tracking.load_env()
 
     # 1. The models: the one that is asked about first.
