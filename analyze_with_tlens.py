@@ -19,11 +19,18 @@ import shlex
 import sys
 import textwrap
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from stoney_rl import checkpoints, cli, runs, tracking
 from stoney_rl.errors import StoneyError
 from stoney_rl.metrics.systems import base_of, describe, short_name
 from stoney_rl.models import ModelSource, find_model, resolve_unpublished
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from stoney_rl.interp.hooked import HookedModel
+    from stoney_rl.interp.plan import Plan
 
 RESULTS_FILE, SUMMARY_FILE, REPORT_FILE = "results.json", "summary.txt", "report.html"
 STAGE, TRACE_FILE = "analysis", "trace.jsonl"
@@ -79,7 +86,7 @@ def build_parser() -> argparse.ArgumentParser:
         type=head_name,
         default=[],
         metavar="LAYER.HEAD",
-        help="heads to test and draw besides the strongest",
+        help="heads to test besides the strongest",
     )
     measured.add_argument(
         "--top_k", type=cli.positive_int, default=10, help="heads and neurons that are tested and shown"
@@ -250,9 +257,9 @@ def find_models(args: argparse.Namespace) -> dict[str, ModelSource]:
 
 def check_device(device: str | None) -> None:
     """Raise ``StoneyError`` for a device that torch does not know or that is not here."""
-    import torch
-
     if device:
+        import torch
+
         try:
             torch.empty(1, device=device)
         except (RuntimeError, AssertionError, NotImplementedError) as error:
@@ -269,7 +276,9 @@ def check_vocabularies(tokenizers: dict) -> None:
             )
 
 
-def make_plan(args: argparse.Namespace, sources: dict[str, ModelSource], tokenizer):  # -> plan.Plan
+def make_plan(
+    args: argparse.Namespace, sources: dict[str, ModelSource], tokenizer: "PreTrainedTokenizerBase"
+) -> "Plan":
     """What is asked; says what it is, and what was left out."""
     from stoney_rl import corpus
     from stoney_rl.interp import pairs, plan
@@ -283,6 +292,9 @@ def make_plan(args: argparse.Namespace, sources: dict[str, ModelSource], tokeniz
         except StoneyError as error:
             print(f"the rows that {names[0]} was not trained on can't be read ({error})")
     if args.pairs:
+        unused = [flag for flag in ("lexicon", "families", "include_trained") if getattr(args, flag)]
+        if unused:
+            print(f"--pairs: nothing is built, so {' and '.join('--' + flag for flag in unused)} change nothing")
         sets = [pairs.read_pairs(args.pairs, tokenizer)]
     else:
         entries = plan.find_lexicon(args.lexicon, dataset)
@@ -331,7 +343,7 @@ def make_plan(args: argparse.Namespace, sources: dict[str, ModelSource], tokeniz
     )
 
 
-def opened(args: argparse.Namespace, name: str, source: ModelSource, first: dict | None):  # -> hooked.HookedModel
+def opened(args: argparse.Namespace, name: str, source: ModelSource, first: dict | None) -> "HookedModel":
     """The model, hooked, on the device. Raises ``StoneyError`` if --heads names one that it lacks, or if its shape is not
     that of the first one."""
     import torch
@@ -364,7 +376,7 @@ def trace_of(source: ModelSource) -> str | None:
     return next((place for place in places if (Path(place) / TRACE_FILE).exists()), None)
 
 
-def about(args: argparse.Namespace, plan) -> dict[str, str]:
+def about(args: argparse.Namespace, plan: "Plan") -> dict[str, str]:
     """What the report says of where its numbers come from."""
     from importlib.metadata import version
 

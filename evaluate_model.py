@@ -122,7 +122,6 @@ def main(argv: list[str] | None = None) -> int:
     # 2. The rows: split as in training, none of them trained on. What is known of the language.
     from stoney_rl import corpus, data, lexicon, predictions
     from stoney_rl.metrics import comparison, error_page, errors, measure, report, validation
-    from stoney_rl.rewards.knowledge import LEXICON_FILE
 
     held_out = corpus.held_out(
         source.name,
@@ -218,7 +217,7 @@ def main(argv: list[str] | None = None) -> int:
     scores = numbers["systems"]
     report.plot({name: scores[name] for name in [*list(systems)[1:], main_name]}, partial / "results.png", title=title)
     if entries:
-        lexicon.write_lexicon(partial / LEXICON_FILE, entries)
+        lexicon.write_lexicon(partial / lexicon.LEXICON_FILE, entries)
         error_page.write(partial / "errors.html", answers, found, title=title)
     if numbers["comparison"]:
         comparison.plot(numbers["comparison"], partial / "comparison.png", title=title)
@@ -292,7 +291,6 @@ def check_metrics(args: argparse.Namespace, source: ModelSource) -> "dict[str, m
 def read_entries(path: str | None, held_out: "corpus.HeldOut") -> "list[lexicon.LexiconEntry]":  # noqa: F821
     """The entries of --lexicon, else of the prepared directory, else what the training rows say; and says which."""
     from stoney_rl import lexicon, prepared
-    from stoney_rl.rewards.knowledge import LEXICON_FILE
 
     dataset, train = held_out.corpus.rowset.source, held_out.corpus.split.train
     if path is None and not prepared.is_prepared(dataset):
@@ -301,8 +299,7 @@ def read_entries(path: str | None, held_out: "corpus.HeldOut") -> "list[lexicon.
             f"lexicon: {len(entries):,} forms that the {len(train):,} training rows mention; --lexicon gives a better one"
         )
         return entries
-    found = Path(path or dataset)
-    found = found / LEXICON_FILE if found.is_dir() else found
+    found = lexicon.lexicon_path(path or dataset)
     entries = lexicon.read_lexicon(found)
     print(f"lexicon: {found}, {len(entries):,} forms")
     return entries

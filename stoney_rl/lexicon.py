@@ -16,6 +16,8 @@ from stoney_rl.errors import StoneyError
 from stoney_rl.glosses import facts_by_key, fold
 from stoney_rl.text import normalize
 
+LEXICON_FILE = "lexicon.jsonl"  # in a prepared directory, and in an evaluation's
+
 
 @dataclass(frozen=True, slots=True)
 class LexiconEntry:
@@ -101,6 +103,12 @@ def _to_dict(entry: LexiconEntry) -> dict:
     }
     known = {"stem": entry.stem, "segmentation": entry.segmentation}
     return value | {key: text for key, text in known.items() if text is not None}
+
+
+def lexicon_path(path: str | Path) -> Path:
+    """The lexicon file that ``path`` is, or that lies in the directory ``path``."""
+    path = Path(path)
+    return path / LEXICON_FILE if path.is_dir() else path
 
 
 def read_lexicon(path: str | Path) -> list[LexiconEntry]:

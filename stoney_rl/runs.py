@@ -104,8 +104,9 @@ def is_finished(outputs: list[Path], identity: dict, *, overwrite: bool, record:
 def open_partial(output: Path, identity: dict, *, resume: bool, overwrite: bool) -> Path:
     """Make or reopen the directory of the unfinished run.
 
-    One that holds no checkpoint, no answers and no measurements yet is made anew. Raises ``StoneyError`` if there is one that does and
-    neither ``resume`` nor ``overwrite`` is said, if it was started with other arguments, and if it cannot be written.
+    One that holds no checkpoint, no answers and no measurements yet is made anew. Raises ``StoneyError`` if there is one
+    that does and neither ``resume`` nor ``overwrite`` is said, if it was started with other arguments, and if it cannot be
+    written.
     """
     partial = partial_directory(output)
     if partial.exists() and is_main() and (overwrite or not _holds_work(partial)):

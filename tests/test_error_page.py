@@ -111,7 +111,7 @@ def test_the_table_counts_what_occurs():
 def test_the_page_has_the_look_of_the_inspection():
     from stoney_rl.inspection.html import TEMPLATE
 
-    style = error_page._house_style()
+    style = error_page.house_style()
     assert "--ink" in style and "prefers-color-scheme" in style and style in TEMPLATE.read_text(encoding="utf-8")
 
 

@@ -161,7 +161,7 @@ def test_depth_of_a_model_whose_later_layers_write_nothing(batch):
 
 def test_depth_counts_from_the_last_change():
     held = torch.tensor([[[1, 1, 0, 0], [0, 1, 0, 1], [1, 1, 1, 0], [1, 1, 1, 0]]]).bool()  # [row, layer, position]
-    depth = lens._first_lasting(held)
+    depth = lens.first_lasting(held)
     assert depth[0, :3].tolist() == [2.0, 0.0, 2.0]
     assert depth[0, 3].isnan()
 

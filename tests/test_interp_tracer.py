@@ -183,9 +183,10 @@ def test_measures_worked_out_by_hand():
     pattern[0, 0, 1:, 1] = 1  # head 0 looks at the row's first token, from padding too
     pattern[0, 0, 0, 1] = 1
     pattern[0, 1] = torch.tensor([[1, 0, 0, 0], [0, 1, 0, 0], [0, 0.5, 0.5, 0], [0, 0.2, 0.3, 0.5]])
-    assert live._sink(pattern, mask)[0].tolist() == pytest.approx([1, 0.35])
+    scores = attention.pattern_scores(Batch(torch.arange(4)[None], mask))(pattern)
+    assert scores[0, :, attention.MEASURES.index("sink")].tolist() == pytest.approx([1, 0.35])
     top = torch.tensor([[7, 7, 7], [7, 8, 7], [8, 7, 7], [1, 2, 3]])
-    assert live._settled_depth(top).tolist() == [0, 2, 1, 2]
+    assert lens.first_lasting(top == top[:, -1:]).tolist() == [0, 2, 1, 2]
 
 
 @pytest.mark.skipif(not (INDUCTION / "model.safetensors").exists(), reason="the fixture is not made")

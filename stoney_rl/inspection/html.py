@@ -59,11 +59,11 @@ def render(summary: dict, entries: Sequence[LexiconEntry], pictures: Mapping[str
             for key, value in summary["arguments"].items()
             if value not in (None, [])
         ],
-        lexicon_json=_script_json([_lexicon_row(entry) for entry in entries]),
+        lexicon_json=script_json([_lexicon_row(entry) for entry in entries]),
     )
 
 
-def _script_json(value: object) -> object:
+def script_json(value: object) -> object:
     """JSON that can't close the script element it stands in, nor open a comment."""
     from markupsafe import Markup
 

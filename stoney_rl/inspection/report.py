@@ -9,10 +9,10 @@ from stoney_rl import checkpoints, terminal
 from stoney_rl.data import Quarantined, Row, RowSet, dataset_sha256, write_quarantine
 from stoney_rl.inspection.coverage import FINE, GAP, GAP_ELSEWHERE, RARE, UNTESTED
 from stoney_rl.inspection.findings import FAILURE, NOTE, Section
-from stoney_rl.lexicon import LexiconEntry, write_lexicon
+from stoney_rl.lexicon import LEXICON_FILE, LexiconEntry, write_lexicon
 
 VERDICTS = (GAP_ELSEWHERE, GAP, RARE, FINE, UNTESTED)
-FINDINGS_FILE, LEXICON_FILE = "findings.jsonl", "lexicon.jsonl"
+FINDINGS_FILE = "findings.jsonl"
 TABLE_ROWS = 10  # lexicon entries in the terminal
 TRACKED_ROWS = 2000  # lexicon entries in a W&B table
 

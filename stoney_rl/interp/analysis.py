@@ -31,7 +31,7 @@ from stoney_rl.interp import (
     trust,
     tuned_lens,
 )
-from stoney_rl.interp.hooked import Batch, HookedModel, left_padded, random_hooked
+from stoney_rl.interp.hooked import Batch, HookedModel, by_length, left_padded, random_hooked
 from stoney_rl.interp.pairs import PairBatch, batched
 from stoney_rl.interp.plan import Plan
 from stoney_rl.interp.words import split_words
@@ -48,6 +48,11 @@ Measure = Callable[[PairBatch], dict[str, torch.Tensor]]
 class Measured:
     facts: dict = field(default_factory=dict)
     arrays: dict[str, np.ndarray] = field(default_factory=dict)
+
+    def of(self, family: str) -> dict[str, np.ndarray]:
+        """The arrays of one family, without its name in front."""
+        own = f"{family}/"
+        return {key.removeprefix(own): array for key, array in self.arrays.items() if key.startswith(own)}
 
 
 def ordered(tasks: Iterable[str]) -> list[str]:
@@ -368,8 +373,7 @@ def _floor(model: HookedModel, plan: Plan, tasks: Iterable[str]) -> Measured:
 
 def _batches(model: HookedModel, rows: Sequence[Sequence[int]], plan: Plan) -> list[tuple[list[int], Batch]]:
     """Batches of rows of similar length, each with the rows' places in ``rows``."""
-    order = sorted(range(len(rows)), key=lambda index: len(rows[index]))
-    chunks = [order[start : start + plan.batch_size] for start in range(0, len(order), plan.batch_size)]
+    chunks = by_length([len(row) for row in rows], plan.batch_size)
     return [(chunk, left_padded([rows[index] for index in chunk], model.pad_token_id)) for chunk in chunks]
 
 

@@ -34,14 +34,19 @@ def head_scores(model: HookedModel, batch: Batch) -> dict[str, torch.Tensor]:
     the text repeats itself at random: give ``repeated_random_tokens``. NaN where no query of the row has such a key.
     """
     batch = batch.to(model.device)
+    scores = _each_layer(model, batch, range(model.n_layers), pattern_scores(batch))
+    return dict(zip(MEASURES, scores.unbind(-1), strict=True))
+
+
+def pattern_scores(batch: Batch) -> Edit:
+    """What makes of a layer's pattern [row, head, query, key] of ``batch`` its scores [row, head, measure], as MEASURES."""
     weights = torch.stack([_mean_weights(keys) for keys in _keys(batch)], dim=1).flatten(2).mT
 
-    def reduce(pattern: torch.Tensor) -> torch.Tensor:
+    def scores(pattern: torch.Tensor) -> torch.Tensor:
         linear = pattern.float().flatten(2) @ weights
         return torch.cat([entropy(pattern, batch.mask).unsqueeze(-1), linear], dim=-1)
 
-    scores = _each_layer(model, batch, range(model.n_layers), reduce)
-    return dict(zip(MEASURES, scores.unbind(-1), strict=True))
+    return scores
 
 
 def attention_patterns(model: HookedModel, batch: Batch, layers: Iterable[int] | None = None) -> torch.Tensor:

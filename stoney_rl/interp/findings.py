@@ -12,7 +12,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from stoney_rl.interp import significance, summary
-from stoney_rl.interp.analysis import DRAWS, Measured, Plan
+from stoney_rl.interp.analysis import DRAWS, Measured
+from stoney_rl.interp.plan import Plan
 from stoney_rl.metrics.intervals import mean_interval
 
 NAMED = 3  # heads that a sentence names
@@ -137,7 +138,7 @@ def _ablation(arrays: Mapping[str, np.ndarray], family: str, held: Sequence, see
 
 
 def _circuit(measured: Measured, family: str, held: Sequence, seed: int) -> str:
-    arrays = {key.split("/", 1)[1]: value for key, value in measured.arrays.items() if key.startswith(f"{family}/")}
+    arrays = measured.of(family)
     found, sizes = summary.faithfulness(arrays, held, seed), measured.facts[family]["sizes"]
     if found is None:
         return "Circuit: not told, as these pairs alone do not show that it tells the two prompts apart."

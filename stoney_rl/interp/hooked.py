@@ -67,6 +67,12 @@ def left_padded(sequences: Sequence[Sequence[int]], pad_token_id: int) -> Batch:
     return Batch(ids, mask)
 
 
+def by_length(lengths: Sequence[int], size: int) -> list[list[int]]:
+    """The places of rows of these ``lengths``, shortest first, in batches of at most ``size``: little is padded."""
+    order = sorted(range(len(lengths)), key=lengths.__getitem__)
+    return [order[start : start + size] for start in range(0, len(order), size)]
+
+
 @dataclass(frozen=True)
 class Run:
     """What a forward pass gave. ``logits`` [row, position, vocabulary]; None if it stopped at a layer."""

@@ -78,7 +78,7 @@ def settled_depth(reading: LensReading) -> torch.Tensor:
     0: the embedding says it already; n_layers: only the last layer does. NaN at padding.
     """
     top = reading.top_ids[..., 0]
-    return _first_lasting((top == top[:, -1:]) & (top >= 0))
+    return first_lasting((top == top[:, -1:]) & (top >= 0))
 
 
 def answer_depth(reading: LensReading) -> torch.Tensor:
@@ -89,7 +89,7 @@ def answer_depth(reading: LensReading) -> torch.Tensor:
     if reading.target_ranks.shape[-1] < 2:
         raise StoneyError("the depth of an answer needs targets: the answer first, then the wrong one")
     log_probabilities = reading.target_log_probabilities
-    return _first_lasting(log_probabilities[..., 0] > log_probabilities[..., 1])
+    return first_lasting(log_probabilities[..., 0] > log_probabilities[..., 1])
 
 
 # Reading
@@ -138,7 +138,7 @@ def _by_row(field: torch.Tensor, is_token: torch.Tensor) -> torch.Tensor:
     return field.where(shown, float("nan") if field.is_floating_point() else -1)
 
 
-def _first_lasting(holds: torch.Tensor) -> torch.Tensor:
+def first_lasting(holds: torch.Tensor) -> torch.Tensor:
     """From bool [row, layer, position]: the first layer from which on it holds to the end, or NaN; [row, position]."""
     lasting = holds.int().flip(1).cumprod(1).sum(1)
     return (holds.shape[1] - lasting).float().where(lasting > 0, float("nan"))

@@ -8,7 +8,7 @@
 2. A trace is two forward passes of the decoder itself, adapter and all, in evaluation mode, with eager attention, which
    hands out its weights. Plain PyTorch hooks copy and reduce: TransformerLens would change the model.
 3. Afterwards hooks, training flags and attention kernel are what they were, and no random number was drawn.
-4. The measures are those of ``attention`` and ``lens``, which want a model of their own.
+4. The measures are those of ``attention`` and ``lens``.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from stoney_rl.errors import StoneyError
-from stoney_rl.interp import attention
+from stoney_rl.interp import attention, lens
 from stoney_rl.interp.hooked import Batch, left_padded
 
 TEXTS, SHOWN = 4, 2  # texts of the probe; of the first two, patterns and neurons are kept token by token
@@ -101,10 +101,10 @@ def check(model: torch.nn.Module, probe: Probe) -> None:
     streams: dict[int, torch.Tensor] = {}
     with _undisturbed(parts.model), torch.no_grad():
         _run(parts, batch, residual=streams.__setitem__)
-        lens = parts.log_probs(streams[len(parts.layers)])
+        read = parts.log_probs(streams[len(parts.layers)])
         # The class's forward: trainers give the instance another, which scores some tokens only.
         own = type(parts.model).forward(parts.model, input_ids=batch.ids, attention_mask=batch.mask, use_cache=False)
-    difference = float((lens - own.logits.float().log_softmax(-1)).abs().max())
+    difference = float((read - own.logits.float().log_softmax(-1)).abs().max())
     if not difference <= (HALF_TOLERANCE if own.logits.dtype.itemsize == 2 else TOLERANCE):
         raise StoneyError(
             f"--trace_every: {type(parts.model).__name__} computes more than norm and LM head behind its layers: what a "
@@ -121,13 +121,13 @@ def _read_texts(parts: "_Parts", probe: Probe, neurons: Sequence[tuple[int, int]
     rows = [text for text, _ in answers]
     before = [first[text] + position - 1 for text, position in answers]
     targets = torch.tensor([[probe.texts[text][position]] for text, position in answers], device=parts.device)
-    found: dict[str, list] = {name: [] for name in ("entropy", "sink", "log_prob", "top")}
+    scores = attention.pattern_scores(batch)
+    found: dict[str, list] = {name: [] for name in ("scores", "log_prob", "top")}
     patterns: list[list] = [[] for _ in shown]
     activations: list[dict] = [{} for _ in shown]
 
     def read_attention(layer: int, pattern: torch.Tensor) -> None:
-        found["entropy"].append(attention.entropy(pattern, batch.mask))
-        found["sink"].append(_sink(pattern, batch.mask))
+        found["scores"].append(scores(pattern))
         for text in shown:
             patterns[text].append(pattern[text, :, first[text] :, first[text] :].half())
 
@@ -144,7 +144,9 @@ def _read_texts(parts: "_Parts", probe: Probe, neurons: Sequence[tuple[int, int]
 
     _run(parts, batch, attention=read_attention, residual=read_residual, neurons=read_neurons)
     arrays = {name: torch.stack(values, dim=1) for name, values in found.items()}
-    arrays["depth"] = _settled_depth(arrays.pop("top"))
+    arrays |= _named(arrays.pop("scores"), ("entropy", "sink"))
+    top = arrays.pop("top")
+    arrays["depth"] = lens.first_lasting(top == top[:, -1:])
     for text in shown:
         arrays[f"pattern_{text}"] = torch.stack(patterns[text])
         if neurons:
@@ -154,31 +156,16 @@ def _read_texts(parts: "_Parts", probe: Probe, neurons: Sequence[tuple[int, int]
 
 def _read_repeated(parts: "_Parts", probe: Probe) -> dict[str, np.ndarray]:
     batch = Batch(probe.repeated, torch.ones_like(probe.repeated)).to(parts.device)
-    length = probe.repeated.size(1) // 2
-    previous, induction = [], []
-
-    def read_attention(layer: int, pattern: torch.Tensor) -> None:
-        previous.append(pattern.diagonal(-1, dim1=-2, dim2=-1).mean(-1))
-        # From the second copy's tokens to what followed them in the first; its last token is not in the second copy.
-        induction.append(pattern.diagonal(1 - length, dim1=-2, dim2=-1)[..., 1:].mean(-1))
-
-    _run(parts, batch, attention=read_attention)
-    found = {"previous_token": previous, "induction": induction}
-    return {name: torch.stack(values, dim=1).cpu().numpy() for name, values in found.items()}
+    scores = attention.pattern_scores(batch)
+    found = []
+    _run(parts, batch, attention=lambda layer, pattern: found.append(scores(pattern)))
+    named = _named(torch.stack(found, dim=1), ("previous_token", "induction"))
+    return {name: values.cpu().numpy() for name, values in named.items()}
 
 
-def _sink(pattern: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Mean over a row's queries but the first of the attention to its first token, [row, head]."""
-    position = mask.cumsum(1) * mask
-    queries = (position > 1).float()
-    to_first = (pattern * (position == 1)[:, None, None]).sum(-1)
-    return torch.einsum("rhq,rq->rh", to_first, queries / queries.sum(1, keepdim=True))
-
-
-def _settled_depth(top: torch.Tensor) -> torch.Tensor:
-    """The first layer from which on ``top`` [token, layer] is what it is at the last, float32 [token]."""
-    lasting = (top == top[:, -1:]).int().flip(1).cumprod(1).sum(1)
-    return (top.size(1) - lasting).float()
+def _named(scores: torch.Tensor, names: Sequence[str]) -> dict[str, torch.Tensor]:
+    """Those of ``attention.MEASURES``, [row, layer, head] each, from all [row, layer, head, measure]."""
+    return {name: scores[..., attention.MEASURES.index(name)] for name in names}
 
 
 # The neurons to follow

@@ -35,7 +35,7 @@ import torch
 
 from stoney_rl import planted, reading
 from stoney_rl.errors import StoneyError
-from stoney_rl.interp.hooked import Batch, left_padded
+from stoney_rl.interp.hooked import Batch, by_length, left_padded
 from stoney_rl.interp.words import is_whole, split_words, token_bytes
 from stoney_rl.lexicon import LexiconEntry
 from stoney_rl.prompts import encode_example, end_of_turn_ids
@@ -90,8 +90,7 @@ class PairBatch:
 
 def batched(pairs: Sequence[PromptPair], size: int, pad_token_id: int) -> list[tuple[list[int], PairBatch]]:
     """Batches of at most ``size`` pairs of similar length, each with the pairs' positions in ``pairs``."""
-    order = sorted(range(len(pairs)), key=lambda index: len(pairs[index].clean))
-    chunks = [order[start : start + size] for start in range(0, len(order), size)]
+    chunks = by_length([len(pair.clean) for pair in pairs], size)
     return [(chunk, _as_batch([pairs[index] for index in chunk], pad_token_id)) for chunk in chunks]
 
 

@@ -3,17 +3,15 @@
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from stoney_rl import corpus, prepared
 from stoney_rl.errors import StoneyError
 from stoney_rl.interp import significance
 from stoney_rl.interp.pairs import PairSet, PromptPair, build, parts_at_whole_characters
-from stoney_rl.lexicon import LexiconEntry, read_lexicon
+from stoney_rl.lexicon import LexiconEntry, lexicon_path, read_lexicon
 from stoney_rl.prompts import encode_example, end_of_turn_ids
-from stoney_rl.rewards.knowledge import LEXICON_FILE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -42,7 +40,6 @@ class Plan:
     random_models: int = 2
     batch_size: int = 16
     seed: int = 0
-    _halves: dict[str, tuple[list[int], list[int]]] = field(default_factory=dict, repr=False)
 
     def chosen_layers(self, n_layers: int) -> range:
         """The layers in which heads and neurons are chosen."""
@@ -51,10 +48,8 @@ class Plan:
 
     def halves(self, family: str) -> tuple[list[int], list[int]]:
         """Indices of the family's pairs on which is chosen, and of those on which is reported; no cluster in both."""
-        if family not in self._halves:
-            clusters = [pair.cluster for pair in self.families[family]]
-            self._halves[family] = tuple(half.tolist() for half in significance.halves(clusters, self.seed))
-        return self._halves[family]
+        choosing, reporting = significance.halves([pair.cluster for pair in self.families[family]], self.seed)
+        return choosing.tolist(), reporting.tolist()
 
     def sha256(self) -> str:
         """Of everything that is asked: two analyses with the same one can be compared."""
@@ -109,8 +104,7 @@ def find_lexicon(path: str | None, dataset: str | None) -> list[LexiconEntry]:
             "no lexicon to build prompt pairs from: the model names no prepared dataset that is here; "
             "give --lexicon FILE (a lexicon, or a directory that inspect_hf_dataset.py prepared), or --pairs FILE"
         )
-    found = Path(path or dataset)
-    found = found / LEXICON_FILE if found.is_dir() else found
+    found = lexicon_path(path or dataset)
     if not found.exists():
         raise StoneyError(f"--lexicon {path}: no such file; inspect_hf_dataset.py --output_dir writes one")
     return read_lexicon(found)

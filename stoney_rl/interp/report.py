@@ -233,8 +233,8 @@ def render(results: Mapping, arrays: Mapping[str, np.ndarray]) -> str:
         models=[model["name"] for model in results["models"]],
         has=[name.removesuffix("?") for name in SCHEMA if results.get(name.removesuffix("?"))],
         trust=[_verdict(each) for each in results.get("trust", ())],
-        style=Markup(error_page._house_style() + (FOLDER / "report.css").read_text(encoding="utf-8")),
-        data=html._script_json(data),
+        style=Markup(error_page.house_style() + (FOLDER / "report.css").read_text(encoding="utf-8")),
+        data=html.script_json(data),
         circuitsvis=Markup(_circuitsvis()) if data["patterns"] else None,
         script=Markup((FOLDER / "report.js").read_text(encoding="utf-8")),
     )

@@ -11,15 +11,11 @@ import numpy as np
 
 from stoney_rl.interp import report, significance, tracer, trust
 from stoney_rl.interp.analysis import Measured
+from stoney_rl.interp.circuit import REGIONS
 from stoney_rl.interp.plan import Plan
 from stoney_rl.interp.words import Word, split_words, token_labels
 
 NOT_OF_PAIRS = ("entropy", "sink", "previous_token", "induction", "duplicate_token")
-POSITIONS = (
-    "differing",
-    "elsewhere",
-    "last",
-)  # words: those that differ between the prompts, the others, the last token
 ON_PROMPTS = ("entropy", "sink")
 TRACED = 8  # steps of a trace that the page shows: patterns of all heads take half a megabyte each
 CURVES = (
@@ -97,7 +93,7 @@ def measures(models: Models, plan: Plan, floors: Measured) -> list[dict]:
             if "residual" in tasks
         }
         clusters = [pairs[index].cluster for index in plan.halves(family)[1]]
-        found += _grid("residual", values, clusters, plan.seed, family=family, columns=POSITIONS)
+        found += _grid("residual", values, clusters, plan.seed, family=family, columns=REGIONS)
     return found
 
 
@@ -128,9 +124,8 @@ def _grid(
     scored = {name: array for name, array in values.items() if array.size}
     if not scored:
         return []
-    whole = np.all(
-        [np.isfinite(array).all(axis=(1, 2)) for array in scored.values()], axis=0
-    )  # a pair may lack a region
+    # A pair may lack a region.
+    whole = np.all([np.isfinite(array).all(axis=(1, 2)) for array in scored.values()], axis=0)
     if not whole.any():
         return []
     scored = {name: array[whole] for name, array in scored.items()}
@@ -149,10 +144,7 @@ def _grid(
     first = next(iter(scored))
     measure["differences"] = [
         {"of": [first, other]}
-        | _entry(
-            significance.difference(scored[other], scored[first], clusters, seed=seed),
-            True,
-        )
+        | _entry(significance.difference(scored[other], scored[first], clusters, seed=seed), True)
         for other in list(scored)[1:]
     ]
     return [measure]
@@ -237,10 +229,7 @@ def paths(models: Models, plan: Plan) -> list[dict]:
 
 
 def _path(name: str, family: str, plan: Plan, measured: Measured) -> dict | None:
-    facts = measured.facts[family]
-    arrays = {
-        key.removeprefix(f"{family}/"): value for key, value in measured.arrays.items() if key.startswith(f"{family}/")
-    }
+    facts, arrays = measured.facts[family], measured.of(family)
     reporting = plan.halves(family)[1]
     found = faithfulness(arrays, [plan.families[family][index].cluster for index in reporting], plan.seed)
     if found is None:
@@ -259,7 +248,7 @@ def _path(name: str, family: str, plan: Plan, measured: Measured) -> dict | None
                 "label": label,
                 "kind": node["kind"],
                 "layer": node["layer"] or 0,
-                "position": POSITIONS.index(node["region"]),
+                "position": REGIONS.index(node["region"]),
                 "value": value / scale,
             }
         )
@@ -275,7 +264,7 @@ def _path(name: str, family: str, plan: Plan, measured: Measured) -> dict | None
         "corrupt": example.texts[1],
         "answer": example.texts[2],
         "wrong": example.texts[3],
-        "positions": list(POSITIONS),
+        "positions": list(REGIONS),
         "nodes": nodes,
         "edges": edges,
         "faithfulness": {"sizes": facts["sizes"]} | found,

@@ -41,13 +41,13 @@ def render(answers: Mapping[str, Sequence[dict]], errors: Mapping[str, Sequence[
     )
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         title=title,
-        house_style=Markup(_house_style()),
+        house_style=Markup(house_style()),
         rows=len(next(iter(answers.values()))),
         systems=list(answers),
         table=html._table,
         class_rows=_class_rows(errors),
         classes=list(CLASSES),
-        data_json=html._script_json(_data(answers, errors)),
+        data_json=html.script_json(_data(answers, errors)),
     )
 
 
@@ -65,7 +65,7 @@ def _check(answers, errors) -> None:
                 )
 
 
-def _house_style() -> str:
+def house_style() -> str:
     """The style sheet of the inspection's page, which is the look of this project's pages."""
     return re.search(r"<style>\n(.*?)</style>", html.TEMPLATE.read_text(encoding="utf-8"), re.DOTALL)[1]
 

@@ -12,9 +12,8 @@ from pathlib import Path
 
 from stoney_rl import checkpoints, corpus, predictions
 from stoney_rl.errors import StoneyError
-from stoney_rl.lexicon import read_lexicon
+from stoney_rl.lexicon import LEXICON_FILE, read_lexicon
 from stoney_rl.metrics import measure, systems
-from stoney_rl.rewards.knowledge import LEXICON_FILE
 
 SHOWN = 20  # differences that are printed
 # Arguments of the script that say which rows, and how they were answered.

@@ -10,10 +10,9 @@ from pathlib import Path
 from stoney_rl import prepared
 from stoney_rl.errors import StoneyError
 from stoney_rl.lexemes import is_listed_english
-from stoney_rl.lexicon import LexiconEntry, read_lexicon
+from stoney_rl.lexicon import LexiconEntry, lexicon_path, read_lexicon
 from stoney_rl.text import fold, words
 
-LEXICON_FILE = "lexicon.jsonl"
 _BOUNDARY = re.compile("[-~]")  # between morphs, and between a reduplicated part and its stem
 
 
@@ -59,13 +58,11 @@ class Knowledge:
 def load_knowledge(path: str | Path) -> Knowledge:
     """The knowledge in a prepared directory, or in a lexicon file. Raises ``StoneyError`` if there is none."""
     path = Path(path)
-    if path.is_dir():
-        if not prepared.is_prepared(path):
-            raise StoneyError(
-                f"{path}: no prepared dataset directory; make one with: python inspect_hf_dataset.py --output_dir {path}"
-            )
-        path = path / LEXICON_FILE
-    return Knowledge.of(read_lexicon(path))
+    if path.is_dir() and not prepared.is_prepared(path):
+        raise StoneyError(
+            f"{path}: no prepared dataset directory; make one with: python inspect_hf_dataset.py --output_dir {path}"
+        )
+    return Knowledge.of(read_lexicon(lexicon_path(path)))
 
 
 @lru_cache(maxsize=1 << 18)
