@@ -22,10 +22,11 @@ import gc
 import math
 import os
 import random
+import sys
 import time
 from pathlib import Path
 
-from stoney_rl import checkpoints, cli, runs, tracking
+from stoney_rl import checkpoints, cli, distributed, runs, tracking
 from stoney_rl.errors import StoneyError
 from stoney_rl.models import find_model, resolve_unpublished
 from stoney_rl.rewards.flags import add_reward_flags, check_reward_flags
@@ -33,7 +34,7 @@ from stoney_rl.rewards.flags import add_reward_flags, check_reward_flags
 DEFAULT_DATASET = "HarleyCooper/StoneyNakoda45k"
 # Arguments that change nothing in the result: they may differ between a run and its --resume.
 NOT_IDENTITY = {"resume", "overwrite", "config", "save_steps", "save_total_limit", "logging_steps", "table_steps",
-                "trace_every", "multi_gpu", "num_gpus", "output_dir", "adapter_dir", "preflight_prompts", "probe_samples",
+                "trace_every", "multi_gpu", "num_gpus", "max_restarts", "save_on_each_node", "output_dir", "adapter_dir", "preflight_prompts", "probe_samples",
                 "allow_broken_reward"}  # fmt: skip
 REPORT_FILES = ("report.json", "report.txt", "report.png")
 LOSSES = ["grpo", "dr_grpo", "dapo", "bnpo", "cispo", "sapo", "luspo", "vespo"]
@@ -104,8 +105,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     compute = parser.add_argument_group("hardware")
     cli.add_hardware_flags(compute)
-    compute.add_argument("--multi_gpu", action="store_true", help="one process a GPU, through torchrun")
-    compute.add_argument("--num_gpus", type=cli.positive_int, help="with --multi_gpu; default: all")
+    cli.add_parallel_flags(compute)
 
     steps = parser.add_argument_group("preflight, logging, evaluation and saving")
     steps.add_argument("--preflight_prompts", type=cli.non_negative_int, default=8,
@@ -145,8 +145,9 @@ def check_args(args: argparse.Namespace, devices: int) -> tuple:
         problems.add("--top_p 0: leaves no token to draw; 1 switches it off")
     if args.temperature < 0.01:
         problems.add(f"--temperature {args.temperature}: below 0.01 nothing is drawn, the likeliest token is taken")
-    if args.num_gpus and not args.multi_gpu:
-        problems.add("--num_gpus: only with --multi_gpu")
+    distributed.check_flags(args, problems)
+    if args.fsdp or args.deepspeed not in (None, "zero2"):
+        problems.add("--fsdp and --deepspeed: sampling needs the whole model on every device; GRPO takes zero2 alone")
     for flag in ("num_iterations", "logging_steps"):
         if args.save_steps and args.save_steps % getattr(args, flag):
             problems.add(f"--save_steps {args.save_steps}: must be a multiple of --{flag} {getattr(args, flag)}, or a "
@@ -162,16 +163,17 @@ def check_args(args: argparse.Namespace, devices: int) -> tuple:
     return rewards, weights, plan
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None) -> int | None:
     args = cli.parse_args(build_parser(), argv)
-    devices = int(os.environ.get("WORLD_SIZE", "0")) or (args.num_gpus or 1 if args.multi_gpu else 1)
+    devices = distributed.world_size() if "RANK" in os.environ else (args.num_gpus or 1 if args.multi_gpu else 1)
     rewards, weights, plan = check_args(args, devices)
     tracking.load_env()
-    if args.multi_gpu and "WORLD_SIZE" not in os.environ:
-        runs.relaunch_on_gpus(args.num_gpus)
-    elif "WORLD_SIZE" not in os.environ:  # TRL refuses DataParallel: without torchrun, one GPU
+    if args.multi_gpu and "RANK" not in os.environ:
+        return distributed.relaunch_on_gpus("grpo", args, sys.argv[1:] if argv is None else argv)
+    if "RANK" not in os.environ:  # TRL refuses DataParallel: without torchrun, one GPU
         os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
-    say = print if runs.is_main() else (lambda *_: None)
+    distributed.connect()
+    say = print if distributed.is_main() else (lambda *_: None)
 
     # 1. What is there: the policy's start, its rows, an earlier run.
     model_name, notice = resolve_unpublished(args.lora_path)
@@ -207,7 +209,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     partial = runs.begin([adapter_dir, output], identity, resume=args.resume, overwrite=args.overwrite)
     if partial is None:
-        return
+        return None
     last_checkpoint = runs.last_checkpoint(partial)
 
     # 2. The reward, attacked before anyone is paid by it.
@@ -226,7 +228,7 @@ def main(argv: list[str] | None = None) -> None:
     held_out_rows = [row for row in rows.split.validation if corpus.row_hash(row) not in set(trained)]
     held_out_rows = random.Random(args.seed).sample(held_out_rows, min(args.eval_prompts, len(held_out_rows)))
     tasks = [Task.of(row) for row in rows.split.train]
-    problems = attack(score, tasks, knowledge, args) if runs.is_main() else []
+    problems = distributed.on_main(lambda: attack(score, tasks, knowledge, args))
 
     # 3. Model, tokenizer, prompts.
     import torch
@@ -322,12 +324,14 @@ def main(argv: list[str] | None = None) -> None:
             report_to="none",
             use_cpu=not torch.cuda.is_available(),
             dataloader_pin_memory=torch.cuda.is_available(),
+            **distributed.trainer_options(args, partial),
         )
     except ValueError as error:  # such as an unknown --lr_scheduler_type or --optim
         raise StoneyError(f"training arguments: {error}") from error
     set_seed(args.seed)
     model = models.load_model(base, precision.weights, attn_implementation=args.attn_implementation)
     parent_fingerprint = checkpoints.check_fingerprint(Path(base.name), model)
+    distributed.check_same(model=parent_fingerprint["sha256"], dataset=rows.rowset.sha256)
     # What the model's own says of sampling or penalties would be filled in where TRL leaves a field unset.
     model.generation_config = GenerationConfig(eos_token_id=ends, pad_token_id=tokenizer.pad_token_id)
     tracker = runs.start_tracking("train_grpo", args, partial, inputs=[start.name, args.dataset or rows.rowset.source])
@@ -392,7 +396,7 @@ def main(argv: list[str] | None = None) -> None:
     say(f"memory: {memory}; {preflight.free_memory() / 2**20:,.0f} MiB are free")
     if memory.peak > preflight.free_memory():
         say("  that may not fit: try a smaller --micro_batch_size or --max_completion_length")
-    if args.preflight_prompts and not last_checkpoint and runs.is_main():
+    if args.preflight_prompts and not last_checkpoint and distributed.is_main():
         chosen = random.Random(args.seed).sample(usable, min(args.preflight_prompts, len(usable)))
         sampled = preflight.sample_groups(
             trainer,
@@ -418,10 +422,11 @@ def main(argv: list[str] | None = None) -> None:
     seconds = time.monotonic() - started
 
     # 6. Save the adapter and the merged model, prove that both are the policy, and report what became of it.
+    trainer.save_model(str(partial))
+    gathered = training.gathered_weights(trainer)
     if trainer.is_world_process_zero():
         trainer.save_state()
-        trainer.save_model(str(partial))
-        training.check_saved_adapter(trainer.model, partial)
+        training.check_saved_adapter(trainer.model, partial, gathered)
         comparison = held_out.compare(seed=args.seed)
         metrics = records.read(partial / grpo.METRICS_FILE)
         moved = training.adapter_moved(trainer.model)
@@ -462,7 +467,7 @@ def main(argv: list[str] | None = None) -> None:
         )
         checkpoints.write_json(partial / corpus.SPLIT_FILE, rows.training_record())
         data.write_quarantine(partial / "quarantine.jsonl", rows.rowset.quarantine)
-        del trainer, model
+        del trainer, model, gathered
         gc.collect()
         difference = training.save_merged(
             partial, output, stage, dtype=precision.weights, also=[partial / name for name in REPORT_FILES]
@@ -474,6 +479,8 @@ def main(argv: list[str] | None = None) -> None:
         tracker.artifact(adapter_dir.name, "adapter", str(adapter_dir), exclude=kept_here)
         tracker.artifact(output.name, "model", str(output))
         tracker.finish()
+    runs.end(partial)
+    return None
 
 
 def learn(args: argparse.Namespace, rows: object) -> object:

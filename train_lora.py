@@ -17,10 +17,11 @@ import argparse
 import gc
 import math
 import os
+import sys
 import time
 from pathlib import Path
 
-from stoney_rl import checkpoints, cli, runs, tracking
+from stoney_rl import checkpoints, cli, distributed, runs, tracking
 from stoney_rl.errors import StoneyError
 from stoney_rl.models import DEFAULT_MODEL, check_4bit, find_model, resolve_unpublished
 
@@ -36,6 +37,8 @@ NOT_IDENTITY = {
     "trace_every",
     "multi_gpu",
     "num_gpus",
+    "max_restarts",
+    "save_on_each_node",
 }
 
 
@@ -88,8 +91,7 @@ def build_parser() -> argparse.ArgumentParser:
     compute.add_argument(
         "--load_in_4bit", action="store_true", help="QLoRA: NF4 base weights (needs bitsandbytes and a GPU)"
     )
-    compute.add_argument("--multi_gpu", action="store_true", help="one process a GPU, through torchrun")
-    compute.add_argument("--num_gpus", type=cli.positive_int, help="with --multi_gpu; default: all")
+    cli.add_parallel_flags(compute)
 
     steps = parser.add_argument_group("logging, evaluation and saving")
     cli.add_saving_flags(steps, held_out="losses")
@@ -111,11 +113,10 @@ def check_args(args: argparse.Namespace) -> None:
         problems.add("--global_batch_size and --gradient_accumulation_steps: one sets the other; give only one")
     elif not args.multi_gpu:
         try:
-            accumulation_steps(args, int(os.environ.get("WORLD_SIZE", "1")))
+            accumulation_steps(args, distributed.world_size())
         except StoneyError as error:
             problems.add(str(error))
-    if args.num_gpus and not args.multi_gpu:
-        problems.add("--num_gpus: only with --multi_gpu")
+    distributed.check_flags(args, problems)
     if args.early_stopping_patience and args.eval_steps == 0:
         problems.add("--early_stopping_patience: needs the held-out loss; leave out --eval_steps 0")
     if args.test_fraction == 0 or args.validation_fraction == 0:
@@ -130,16 +131,17 @@ def check_args(args: argparse.Namespace) -> None:
     problems.raise_if_any()
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None) -> int | None:
     args = cli.parse_args(build_parser(), argv)
     check_args(args)
     tracking.load_env()
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    if args.multi_gpu and "WORLD_SIZE" not in os.environ:
-        runs.relaunch_on_gpus(args.num_gpus)
-    elif world_size == 1:  # TRL refuses DataParallel: without torchrun, one GPU
+    if args.multi_gpu and "RANK" not in os.environ:
+        return distributed.relaunch_on_gpus("sft", args, sys.argv[1:] if argv is None else argv)
+    if "RANK" not in os.environ:  # TRL refuses DataParallel: without torchrun, one GPU
         os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
-    say = print if runs.is_main() else (lambda *_: None)
+    distributed.connect()
+    world_size = distributed.world_size()
+    say = print if distributed.is_main() else (lambda *_: None)
 
     # 1. What is there: the model, the rows, an earlier run.
     model_name, notice = resolve_unpublished(args.model)
@@ -164,7 +166,7 @@ def main(argv: list[str] | None = None) -> None:
     identity = runs.identify(vars(args), NOT_IDENTITY, model=source.name, data_sha256=rows.rowset.sha256)
     partial = runs.begin([output, merged], identity, resume=args.resume, overwrite=args.overwrite)
     if partial is None:
-        return
+        return None
     last_checkpoint = runs.last_checkpoint(partial)
 
     # 2. Model, tokenizer, tokens.
@@ -237,6 +239,7 @@ def main(argv: list[str] | None = None) -> None:
             report_to="none",
             use_cpu=not torch.cuda.is_available(),
             dataloader_pin_memory=torch.cuda.is_available(),
+            **distributed.trainer_options(args, partial),
         )
     except ValueError as error:  # such as an unknown --lr_scheduler_type or --optim
         raise StoneyError(f"training arguments: {error}") from error
@@ -245,6 +248,7 @@ def main(argv: list[str] | None = None) -> None:
         source, precision.weights, quantize_4bit=args.load_in_4bit, attn_implementation=args.attn_implementation
     )
     parent_fingerprint = checkpoints.check_fingerprint(Path(source.name), model)
+    distributed.check_same(model=parent_fingerprint["sha256"], dataset=rows.rowset.sha256)
     tracker = runs.start_tracking("train_lora", args, partial, inputs=[source.name, args.dataset])
 
     # 3. Train.
@@ -279,10 +283,11 @@ def main(argv: list[str] | None = None) -> None:
     final_loss = (min(losses) if args.early_stopping_patience else losses[-1]) if losses else None
 
     # 4. Save the adapter and the merged model, and prove that both are what was trained.
+    trainer.save_model(str(partial))  # every process: a sharded model is gathered
+    gathered = training.gathered_weights(trainer)
     if trainer.is_world_process_zero():
         trainer.save_state()
-        trainer.save_model(str(partial))
-        training.check_saved_adapter(trainer.model, partial)
+        training.check_saved_adapter(trainer.model, partial, gathered)
         stage = checkpoints.describe_stage(
             "sft",
             arguments=vars(args),
@@ -297,7 +302,7 @@ def main(argv: list[str] | None = None) -> None:
         )
         checkpoints.write_json(partial / corpus.SPLIT_FILE, rows.training_record())
         data.write_quarantine(partial / "quarantine.jsonl", rows.rowset.quarantine)
-        del trainer, model
+        del trainer, model, gathered
         gc.collect()  # the patched forward holds the model in a cycle; the merge loads the base again, in fp32
         difference = training.save_merged(partial, merged, stage, dtype=merged_dtype(args, precision))
         checkpoints.publish(partial, output)
@@ -309,6 +314,8 @@ def main(argv: list[str] | None = None) -> None:
         tracker.artifact(output.name, "adapter", str(output), exclude=("checkpoint-*", "quarantine.jsonl", "trace"))
         tracker.artifact(merged.name, "model", str(merged))
         tracker.finish()
+    runs.end(partial)
+    return None
 
 
 def accumulation_steps(args: argparse.Namespace, world_size: int) -> int:

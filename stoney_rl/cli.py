@@ -6,9 +6,11 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from stoney_rl.errors import StoneyError
+from stoney_rl import distributed
+from stoney_rl.errors import Preempted, StoneyError
 
 EXIT_BAD_INPUT = 2
+EXIT_RESUME = 75  # EX_TEMPFAIL of sysexits.h, 'try again': saved, and --resume goes on
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 
 
@@ -121,6 +123,21 @@ def add_hardware_flags(group: argparse._ArgumentGroup) -> None:
         help="recompute activations: a third slower, a fraction of the memory",
     )
     group.add_argument("--attn_implementation", help="sdpa (default), eager, flash_attention_2, ...")
+
+
+def add_parallel_flags(group: argparse._ArgumentGroup) -> None:
+    """How several processes share the work (see ``distributed``)."""
+    group.add_argument("--multi_gpu", action="store_true", help="one process a GPU of this machine, through torchrun")
+    group.add_argument("--num_gpus", type=positive_int, help="with --multi_gpu; default: all")
+    group.add_argument(
+        "--max_restarts", type=non_negative_int,
+        help="with --multi_gpu: how often a failed run is taken up again from its last checkpoint; default: 3",
+    )  # fmt: skip
+    group.add_argument("--fsdp", action="store_true", help="shard the model over the processes (PyTorch's FSDP)")
+    group.add_argument("--deepspeed", metavar="ZERO", help="zero2, zero3 or a DeepSpeed JSON file: shard with ZeRO")
+    group.add_argument(
+        "--save_on_each_node", action="store_true", help="checkpoints on every node: the run outlives the loss of any"
+    )
 
 
 def add_saving_flags(group: argparse._ArgumentGroup, *, held_out: str) -> None:
@@ -273,9 +290,12 @@ class Problems:
 def run(main: Callable[[], int | None]) -> None:
     """Run a script's ``main`` as the process: one line for bad input, no traceback, exit code 2."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    name = Path(sys.argv[0]).name
+    name = ": ".join(filter(None, [Path(sys.argv[0]).name, distributed.who()]))
     try:
         code = main()
+    except Preempted as stop:
+        print(f"{name}: {stop}", file=sys.stderr)
+        code = EXIT_RESUME
     except StoneyError as error:
         for line in str(error).splitlines():
             print(f"{name}: error: {line}", file=sys.stderr)

@@ -9,6 +9,7 @@
 Importing this module loads torch.
 """
 
+import math
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -98,6 +99,7 @@ class GroupTrainer(WholeCheckpoints, GRPOTrainer):
         self.sharing_difference: float | None = None
         if self.shares_prefixes:
             prefix.score_packed(base, self.temperature)
+        self.steps_between_resumable = math.lcm(self.num_iterations, self.args.logging_steps)
         self.add_callback(_OnlyWhereSomethingWasLearned(self))
 
     def create_model_card(self, *args: object, **kwargs: object) -> None:

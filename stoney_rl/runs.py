@@ -1,14 +1,14 @@
 """Runs that survive: what makes two runs the same one, the directory of an unfinished run, and whether one is done."""
 
+import fcntl
 import json
 import os
 import shutil
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from stoney_rl import checkpoints, tracking
+from stoney_rl import checkpoints, distributed, tracking
 from stoney_rl.errors import StoneyError
 
 if TYPE_CHECKING:
@@ -19,11 +19,6 @@ if TYPE_CHECKING:
 IDENTITY_FILE = "identity.json"
 TRACKING_FILE = "tracking.json"
 MEASURED = "measured"  # folder in which an analysis keeps what it has measured
-
-
-def is_main() -> bool:
-    """Whether this process writes and prints: rank 0 under torchrun, or the only one."""
-    return os.environ.get("RANK", "0") == "0"
 
 
 def partial_directory(output: Path) -> Path:
@@ -67,22 +62,43 @@ def identify(arguments: dict, ignored: set[str], **inputs: object) -> dict:
 def begin(outputs: list[Path], identity: dict, *, resume: bool, overwrite: bool) -> Path | None:
     """Open the working directory of a training run and say whether it starts or continues; None if it is done.
 
-    ``outputs``: what the run writes, its main output first. Raises ``StoneyError`` as ``is_finished`` and
-    ``open_partial`` do.
+    ``outputs``: what the run writes, its main output first. Processes that torchrun has started again after a failure
+    continue, whatever they were told at first. Of several processes rank 0 decides; a node that does not see its
+    directory gets one of its own. Raises ``StoneyError`` as ``is_finished`` and ``open_partial`` do.
     """
-    say = print if is_main() else (lambda *_: None)
-    if is_finished(outputs, identity, overwrite=overwrite):
+    say = print if distributed.is_main() else (lambda *_: None)
+    resume, overwrite = resume or distributed.is_restarted(), overwrite and not distributed.is_restarted()
+
+    def finished() -> bool:
+        if not is_finished(outputs, identity, overwrite=overwrite):
+            return False
         leftover = partial_directory(outputs[0])
-        if is_main() and _read(leftover / IDENTITY_FILE) in (None, identity):  # of a kill at the very end
+        if _read(leftover / IDENTITY_FILE) in (None, identity):  # of a kill at the very end
             shutil.rmtree(leftover, ignore_errors=True)
+        return True
+
+    def opened() -> Path:
+        return open_partial(outputs[0], identity, resume=resume, overwrite=overwrite)
+
+    if distributed.on_main(finished):
         names = " and ".join(map(str, outputs))
         say(f"{names}: trained with these arguments on this data already (--overwrite trains again)")
         return None
-    partial = open_partial(outputs[0], identity, resume=resume, overwrite=overwrite)
+    partial = distributed.on_main(opened)
+    if not distributed.shares_disk(partial) and os.environ["LOCAL_RANK"] == "0":
+        opened()
     if resume:
-        last = last_checkpoint(partial)
+        last = distributed.share_checkpoint(partial)
         say(f"--resume: continuing after {last}" if last else "--resume: nothing yet; starting")
     return partial
+
+
+def end(partial: Path) -> None:
+    """Wait until rank 0 has published its outputs; a node that shares no disk with it drops its working directory."""
+    distributed.wait_for_everyone()
+    if not distributed.is_main() and os.environ.get("LOCAL_RANK") == "0":
+        shutil.rmtree(partial, ignore_errors=True)
+    release(partial)
 
 
 def is_finished(outputs: list[Path], identity: dict, *, overwrite: bool, record: str = checkpoints.STAGE_FILE) -> bool:
@@ -102,16 +118,18 @@ def is_finished(outputs: list[Path], identity: dict, *, overwrite: bool, record:
 
 
 def open_partial(output: Path, identity: dict, *, resume: bool, overwrite: bool) -> Path:
-    """Make or reopen the directory of the unfinished run.
+    """Make or reopen the directory of the unfinished run, and hold it as long as this process lives.
 
     One that holds no checkpoint, no answers and no measurements yet is made anew. Raises ``StoneyError`` if there is one
-    that does and neither ``resume`` nor ``overwrite`` is said, if it was started with other arguments, and if it cannot be
-    written.
+    that does and neither ``resume`` nor ``overwrite`` is said, if it was started with other arguments, if another process
+    holds it, and if it cannot be written.
     """
     partial = partial_directory(output)
-    if partial.exists() and is_main() and (overwrite or not _holds_work(partial)):
-        shutil.rmtree(partial)
-    if partial.exists() and is_main():
+    if partial.exists():
+        _hold(partial)
+        if overwrite or not _holds_work(partial):
+            shutil.rmtree(partial)
+    if partial.exists():
         before = _read(partial / IDENTITY_FILE)
         if not resume:
             raise StoneyError(f"{partial}: an unfinished run; --resume continues it, --overwrite starts again")
@@ -120,19 +138,47 @@ def open_partial(output: Path, identity: dict, *, resume: bool, overwrite: bool)
                 f"{partial}: started with other values of {', '.join(_differing(before, identity))}; "
                 "give the same ones to continue, or --overwrite to start again"
             )
-    if is_main():
-        try:
-            partial.mkdir(parents=True, exist_ok=True)
-            checkpoints.write_json(partial / IDENTITY_FILE, identity)
-        except OSError as error:
-            raise StoneyError(f"--output_dir: cannot write {partial} ({error.strerror}); choose another") from error
+    try:
+        partial.mkdir(parents=True, exist_ok=True)
+        checkpoints.write_json(partial / IDENTITY_FILE, identity)
+    except OSError as error:
+        raise StoneyError(f"--output_dir: cannot write {partial} ({error.strerror}); choose another") from error
+    _hold(partial)
     return partial
+
+
+_held: dict[Path, int] = {}
+
+
+def _hold(partial: Path) -> None:
+    """Lock the directory for this process, or raise ``StoneyError`` if another one has it: two would spoil each other's."""
+    release(partial)
+    place = os.open(partial, os.O_RDONLY)
+    try:
+        fcntl.flock(place, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(place)
+        raise StoneyError(f"{partial}: another process is writing there; wait for it, end it, or choose another "
+                          "--output_dir") from error  # fmt: skip
+    except OSError:  # a file system without locks
+        pass
+    _held[partial.resolve()] = place
+
+
+def release(partial: Path) -> None:
+    """Let another process write to the directory of an unfinished run; the end of this process does the same."""
+    if place := _held.pop(partial.resolve(), None):
+        os.close(place)
 
 
 def last_checkpoint(partial: Path) -> Path | None:
     """The unfinished run's newest ``checkpoint-<step>``; by construction it is whole."""
-    found = sorted(partial.glob("checkpoint-*"), key=lambda path: int(path.name.rsplit("-", 1)[1]))
-    return found[-1] if found else None
+    return max(partial.glob("checkpoint-*"), key=step_of, default=None)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The number of updates after which a ``checkpoint-<step>`` was saved."""
+    return int(checkpoint.name.rsplit("-", 1)[1])
 
 
 def start_tracking(
@@ -154,26 +200,9 @@ def start_tracking(
     )
     for run in made:
         tracker.use_artifact(run.get("artifact"))
-    if is_main():
+    if distributed.is_main():
         checkpoints.write_json(partial / TRACKING_FILE, {"run_id": tracker.run_id, "group": tracker.group})
     return tracker
-
-
-def relaunch_on_gpus(number: int | None) -> None:
-    """Replace this process by torchrun with one process a GPU (all GPUs if ``number`` is None).
-
-    Raises ``StoneyError`` if there are fewer GPUs than asked for, saying how many there are.
-    """
-    import torch
-
-    available = torch.cuda.device_count()
-    if not available or (number or 0) > available:
-        asked = f"{number} GPUs asked for" if number else "GPUs asked for"
-        remedy = f"use --num_gpus {available}" if available else "leave out --multi_gpu to train on the CPU"
-        raise StoneyError(f"--multi_gpu: {asked}, {available} found on this machine; {remedy}")
-    sys.stdout.flush()
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={number or available}"]
-    os.execv(sys.executable, [sys.executable, *launcher, *sys.argv])
 
 
 def _holds_work(partial: Path) -> bool:

@@ -6,6 +6,8 @@ Importing this module loads torch; the scripts do so after their arguments are c
 import functools
 import os
 import shutil
+import signal
+import threading
 import types
 import warnings
 from collections.abc import Iterable, Iterator
@@ -13,22 +15,30 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
-from datasets import Dataset
+from accelerate.utils import gather_object, reduce
+from datasets import Dataset, concatenate_datasets
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import Sampler
-from transformers import PretrainedConfig, PreTrainedModel, PrinterCallback, ProgressCallback, Trainer
+from transformers import (
+    PretrainedConfig,
+    PreTrainedModel,
+    PrinterCallback,
+    ProgressCallback,
+    Trainer,
+    TrainerCallback,
+)
 from transformers.trainer_pt_utils import get_length_grouped_indices
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
-from trl import SFTTrainer
+from trl import SFTConfig, SFTTrainer
 from trl.trainer.utils import FusedCausalLMOutput
 
 from stoney_rl import checkpoints, models
 from stoney_rl.corpus import SPLIT_FILE
-from stoney_rl.errors import StoneyError
+from stoney_rl.errors import Preempted, StoneyError
 
 # transformers 5.23 renamed gradient to activation checkpointing; TRL 1.16 and PEFT still set the old name themselves.
 warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*", category=FutureWarning)
@@ -56,7 +66,7 @@ class WholeCheckpoints:
     def _save_checkpoint(self, model: torch.nn.Module, trial: object) -> None:
         root = Path(self.args.output_dir)
         name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        if self.is_world_process_zero():
+        if self.args.should_save:
             shutil.rmtree(root / self._SAVING, ignore_errors=True)
         self.accelerator.wait_for_everyone()
         # TRL 1.16 counts tokens from 0 again after a resume, but for GRPO, which counts them in the state itself.
@@ -64,6 +74,7 @@ class WholeCheckpoints:
         self._is_saving = True
         try:
             super()._save_checkpoint(model, trial)
+            self._gather_rng_states(root / self._SAVING / name)
         except (OSError, SafetensorError) as error:
             free = shutil.disk_usage(root).free / 2**20
             raise StoneyError(
@@ -73,7 +84,7 @@ class WholeCheckpoints:
         finally:
             self._is_saving = False
         self.accelerator.wait_for_everyone()
-        if self.is_world_process_zero():
+        if self.args.should_save:
             if self.state.best_global_step:
                 self.state.best_model_checkpoint = str(root / f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}")
             self.state.save_to_json(str(root / self._SAVING / name / "trainer_state.json"))
@@ -82,12 +93,35 @@ class WholeCheckpoints:
             shutil.rmtree(root / self._SAVING)
             self._rotate(root)
         self.accelerator.wait_for_everyone()
+        if self.is_local_process_zero():  # of a node that keeps no checkpoints and has a disk of its own
+            shutil.rmtree(root / self._SAVING, ignore_errors=True)
+
+    def _gather_rng_states(self, directory: Path) -> None:
+        """Every process's random state in the checkpoint, also of those whose node does not share its disk."""
+        if self.args.world_size == 1:
+            return
+        own = directory / f"rng_state_{self.args.process_index}.pth"
+        for name, content in gather_object([(own.name, own.read_bytes())]):
+            if self.args.should_save and not (directory / name).exists():
+                (directory / name).write_bytes(content)
 
     def train(self, *args: object, **kwargs: object) -> TrainOutput:
-        if self.is_world_process_zero():  # what a kill left: half a save, half a deletion
-            for stale in (*Path(self.args.output_dir).glob(".old-*"), Path(self.args.output_dir, self._SAVING)):
+        """As ``Trainer.train``. Raises ``Preempted`` when a SIGTERM has made it save and stop early."""
+        root = Path(self.args.output_dir)
+        if self.is_local_process_zero():  # what a kill left: half a save, half a deletion, half an arrival
+            for stale in (*root.glob(".old-*"), *root.glob(".arriving-*"), root / self._SAVING):
                 shutil.rmtree(stale, ignore_errors=True)
-        return super().train(*args, **kwargs)
+        self.accelerator.wait_for_everyone()
+        stop = _SaveAndStop(self.steps_between_resumable)
+        self.add_callback(stop)
+        output = super().train(*args, **kwargs)
+        if stop.requested:
+            raise Preempted(f"stopped by a signal, saved in {root}/checkpoint-{self.state.global_step}; "
+                            "the same command with --resume goes on")  # fmt: skip
+        return output
+
+    # A checkpoint between two of these steps could not be resumed from exactly.
+    steps_between_resumable = 1
 
     def _init_training_state(self, *args: object, **kwargs: object) -> tuple[int, int]:
         position = super()._init_training_state(*args, **kwargs)
@@ -117,11 +151,61 @@ class WholeCheckpoints:
                 shutil.rmtree(doomed, ignore_errors=True)
 
 
-class AnswerTrainer(WholeCheckpoints, SFTTrainer):
-    """TRL's ``SFTTrainer`` with whole checkpoints, exact resumption and, on a CPU, an LM head for trained tokens only."""
+class _SaveAndStop(TrainerCallback):
+    """On SIGTERM or SIGHUP (spot instances, a lost terminal): every process finishes its step, saves and stops.
 
-    def __init__(self, *args: object, **kwargs: object) -> None:
-        super().__init__(*args, **kwargs)
+    The processes agree in every step, as the signal does not reach them all in the same one.
+    """
+
+    def __init__(self, every: int) -> None:
+        self.every, self.requested, self.handlers = every, False, {}
+
+    def on_train_begin(self, *args: object, **kwargs: object) -> None:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGHUP):
+                if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
+                    self.handlers[number] = signal.signal(number, self._request)
+
+    def _request(self, *_: object) -> None:
+        self.requested = True
+
+    def on_step_end(self, args: object, state: object, control: object, **kwargs: object) -> None:
+        if args.world_size > 1:
+            asked = torch.tensor(float(self.requested), device=args.device)
+            self.requested = bool(reduce(asked, "sum"))
+        if self.requested and state.global_step % self.every == 0:
+            control.should_save = True
+
+    def on_save(self, args: object, state: object, control: object, **kwargs: object) -> None:
+        # Not before: a checkpoint that says 'stop' is one at which training had ended.
+        if self.requested and state.global_step % self.every == 0:
+            control.should_training_stop = True
+
+    def on_train_end(self, *args: object, **kwargs: object) -> None:
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+
+
+class AnswerTrainer(WholeCheckpoints, SFTTrainer):
+    """TRL's ``SFTTrainer`` with whole checkpoints, exact resumption and, on a CPU, an LM head for trained tokens only.
+
+    An update is made of the same rows on any number of processes, and the held-out loss is the mean over all answer
+    tokens, however they are batched.
+    """
+
+    def __init__(
+        self, *, args: SFTConfig, train_dataset: Dataset, eval_dataset: Dataset | None, **kwargs: object
+    ) -> None:
+        self.num_rows = len(train_dataset)
+        if args.world_size > 1:
+            train_dataset = _with_blanks(train_dataset, 1)
+        if eval_dataset is not None:
+            if args.world_size > 1:
+                eval_dataset = _with_blanks(eval_dataset, -len(eval_dataset) % (args.eval_batch_size * args.world_size))
+            self.answer_tokens_a_row = sum(
+                label != -100 for labels in eval_dataset["labels"] for label in labels[1:]
+            ) / len(eval_dataset)
+        super().__init__(args=args, train_dataset=train_dataset, eval_dataset=eval_dataset, **kwargs)
         model = self.model
         while not isinstance(model, PreTrainedModel):
             model = model.get_base_model()
@@ -129,30 +213,53 @@ class AnswerTrainer(WholeCheckpoints, SFTTrainer):
             _score_answers_only(model)
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler:
-        if self.args.train_sampling_strategy != "group_by_length":
-            return super()._get_train_sampler(train_dataset)
-        return _GroupedByLength(self, train_dataset or self.train_dataset)
+        return _Order(self, train_dataset or self.train_dataset)
+
+    def compute_loss(
+        self, model: torch.nn.Module, inputs: dict, return_outputs: bool = False, num_items_in_batch: object = None
+    ) -> torch.Tensor:
+        if not self.model.training:
+            # Trainer averages the losses of batches, each weighted by its rows; so each is made a share of the whole.
+            num_items_in_batch = len(inputs["input_ids"]) * self.answer_tokens_a_row * self.accelerator.num_processes
+        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
 
-class _GroupedByLength(Sampler):
-    """Row numbers, rows of like length together, in an order that follows from the seed and the epoch alone.
+def _with_blanks(rows: Dataset, number: int) -> Dataset:
+    """``rows`` and ``number`` more that teach nothing: one token without a label."""
+    if not number:
+        return rows
+    blank = {name: [values[0]] for name, values in rows[0].items()} | {"labels": [-100]}
+    return concatenate_datasets([rows, Dataset.from_list([blank] * number, features=rows.features)])
 
-    transformers' own sampler draws from the global generator: a run that resumes inside an epoch can't draw the order
+
+class _Order(Sampler):
+    """Row numbers of an epoch, in an order that follows from the seed and the epoch alone.
+
+    With ``group_by_length`` rows of like length come together. Of several processes each takes every so-manieth batch;
+    where the last update has too few rows for all of them, the blank row at the end of the data fills it up.
+
+    transformers' own samplers draw from the global generator: a run that resumes inside an epoch can't draw the order
     that the epoch began with.
     """
 
-    def __init__(self, trainer: Trainer, rows: Dataset) -> None:
-        self.trainer = trainer
-        self.lengths = [len(ids) for ids in rows["input_ids"]]
+    def __init__(self, trainer: AnswerTrainer, rows: Dataset) -> None:
+        self.trainer, self.blank = trainer, trainer.num_rows
+        args = trainer.args
+        self.lengths = [len(ids) for ids in rows["input_ids"]][: trainer.num_rows]
+        self.rows_an_update = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        self.num_blanks = -len(self.lengths) % self.rows_an_update if args.world_size > 1 else 0
 
     def __len__(self) -> int:
-        return len(self.lengths)
+        return len(self.lengths) + self.num_blanks
 
     def __iter__(self) -> Iterator[int]:
         args, epoch = self.trainer.args, int(self.trainer.state.epoch or 0)
         generator = torch.Generator().manual_seed(args.data_seed + epoch)
-        rows_an_update = args.train_batch_size * args.gradient_accumulation_steps
-        return iter(get_length_grouped_indices(self.lengths, rows_an_update, generator=generator))
+        if args.train_sampling_strategy == "group_by_length":
+            order = get_length_grouped_indices(self.lengths, self.rows_an_update, generator=generator)
+        else:
+            order = torch.randperm(len(self.lengths), generator=generator).tolist()
+        return iter(order + [self.blank] * self.num_blanks)
 
 
 def _score_answers_only(model: PreTrainedModel) -> None:
@@ -269,10 +376,19 @@ def adapter_moved(model: PeftModel) -> bool:
     return any("lora_B" in name and bool(weight.any()) for name, weight in model.named_parameters())
 
 
-def check_saved_adapter(model: PeftModel, directory: Path) -> None:
-    """Raise ``StoneyError`` unless the adapter file in ``directory`` holds exactly ``model``'s adapter, bit for bit."""
+def gathered_weights(trainer: Trainer) -> dict[str, torch.Tensor] | None:
+    """The weights of a sharded model, gathered: every process must call this. None if the model is whole as it is."""
+    sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+    return trainer.accelerator.get_state_dict(trainer.model_wrapped) if sharded else None
+
+
+def check_saved_adapter(model: PeftModel, directory: Path, weights: dict[str, torch.Tensor] | None = None) -> None:
+    """Raise ``StoneyError`` unless the adapter file in ``directory`` holds exactly ``model``'s adapter, bit for bit.
+
+    ``weights``: those of a sharded model (``gathered_weights``).
+    """
     saved = load_file(directory / "adapter_model.safetensors")
-    trained = get_peft_model_state_dict(model)
+    trained = get_peft_model_state_dict(model, state_dict=weights)
     differing = [name for name in trained if name not in saved or not torch.equal(saved[name], trained[name].cpu())]
     if differing or saved.keys() != trained.keys():
         raise StoneyError(
