@@ -172,7 +172,7 @@ def main(argv: list[str] | None = None) -> int | None:
         return distributed.relaunch_on_gpus("grpo", args, sys.argv[1:] if argv is None else argv)
     if "RANK" not in os.environ:  # TRL refuses DataParallel: without torchrun, one GPU
         os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
-    distributed.connect()
+    distributed.connect(args)
     say = print if distributed.is_main() else (lambda *_: None)
 
     # 1. What is there: the policy's start, its rows, an earlier run.

@@ -139,7 +139,7 @@ def main(argv: list[str] | None = None) -> int | None:
         return distributed.relaunch_on_gpus("sft", args, sys.argv[1:] if argv is None else argv)
     if "RANK" not in os.environ:  # TRL refuses DataParallel: without torchrun, one GPU
         os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
-    distributed.connect()
+    distributed.connect(args)
     world_size = distributed.world_size()
     say = print if distributed.is_main() else (lambda *_: None)
 

@@ -139,10 +139,11 @@ def launch(stage: str, argv: list[str], *, processes: int, max_restarts: int) ->
     return 0
 
 
-def connect() -> None:
+def connect(args: "argparse.Namespace") -> None:
     """Join the other processes, if there are any. Once joined, this process is told when its torchrun agent dies.
 
     It then gets a SIGTERM, on which training saves and ends: an orphan must not go on writing beside its successor.
+    Raises ``StoneyError`` where ``args`` asks for sharding and there is no GPU.
     """
     if "RANK" not in os.environ:
         return
@@ -154,6 +155,8 @@ def connect() -> None:
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
     PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(seconds=PATIENCE))
+    if (args.fsdp or args.deepspeed) and not torch.cuda.is_available():
+        raise StoneyError("--fsdp and --deepspeed: accelerate shards models over GPUs only, and there is none here")
 
 
 def on_main(call: Callable[[], Any]) -> Any:

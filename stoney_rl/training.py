@@ -45,6 +45,8 @@ warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*", category
 
 # Answer tokens whose logits are held at once: 512 x 49,152 fp32 logits are 100 MB.
 HEAD_CHUNK = 512
+# How torch.save, which raises no OSError, says that it could not write.
+_TORCH_WRITERS = ("inline_container", "PytorchStreamWriter")
 # Config fields by which an architecture changes its logits after the LM head (Gemma 2, Cohere, Granite, Falcon-H1).
 _SCALED_LOGITS = ("final_logit_softcapping", "logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling")
 
@@ -75,7 +77,9 @@ class WholeCheckpoints:
         try:
             super()._save_checkpoint(model, trial)
             self._gather_rng_states(root / self._SAVING / name)
-        except (OSError, SafetensorError) as error:
+        except (OSError, SafetensorError, RuntimeError) as error:
+            if type(error) is RuntimeError and not any(writer in str(error) for writer in _TORCH_WRITERS):
+                raise
             free = shutil.disk_usage(root).free / 2**20
             raise StoneyError(
                 f"{root}: checkpoint {self.state.global_step} can't be written ({' '.join(str(error).split())}; {free:,.0f} "
@@ -235,7 +239,7 @@ def _with_blanks(rows: Dataset, number: int) -> Dataset:
 class _Order(Sampler):
     """Row numbers of an epoch, in an order that follows from the seed and the epoch alone.
 
-    With ``group_by_length`` rows of like length come together. Of several processes each takes every so-manieth batch;
+    With ``group_by_length`` rows of like length come together; 'sequential' keeps the data's order. Of several processes each takes every so-manieth batch;
     where the last update has too few rows for all of them, the blank row at the end of the data fills it up.
 
     transformers' own samplers draw from the global generator: a run that resumes inside an epoch can't draw the order
@@ -257,8 +261,10 @@ class _Order(Sampler):
         generator = torch.Generator().manual_seed(args.data_seed + epoch)
         if args.train_sampling_strategy == "group_by_length":
             order = get_length_grouped_indices(self.lengths, self.rows_an_update, generator=generator)
-        else:
+        elif args.train_sampling_strategy == "random":
             order = torch.randperm(len(self.lengths), generator=generator).tolist()
+        else:
+            order = list(range(len(self.lengths)))
         return iter(order + [self.blank] * self.num_blanks)
 
 

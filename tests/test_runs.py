@@ -1,5 +1,8 @@
 """What begins, what continues, what is done already, and the W&B run that a resumed run goes on in."""
 
+import os
+import subprocess
+import sys
 import types
 from pathlib import Path
 
@@ -8,6 +11,7 @@ import pytest
 from stoney_rl import checkpoints, runs, tracking
 from stoney_rl.errors import StoneyError
 
+REPOSITORY = Path(__file__).resolve().parent.parent
 IDENTITY = {"arguments": {"seed": 0, "rank": 4}, "data_sha256": "a"}
 
 
@@ -56,11 +60,25 @@ def test_a_finished_run_clears_away_its_own_leftovers_only(outputs):
     assert begin(outputs) is None and checkpoint.is_dir()
 
 
-@pytest.mark.parametrize("rank", ["0", "1"])
-def test_only_the_first_process_speaks_and_writes(outputs, rank, monkeypatch, capsys):
-    monkeypatch.setenv("RANK", rank)
-    assert begin(outputs, resume=True).exists() == (rank == "0")
-    assert bool(capsys.readouterr().out) == (rank == "0")
+def test_two_processes_do_not_write_to_one_place(outputs):
+    partial = begin(outputs, resume=True)
+    (partial / "checkpoint-1").mkdir()
+    code = f"from stoney_rl import runs; from pathlib import Path; runs._hold(Path({str(partial)!r}))"
+    other = [sys.executable, "-c", code]
+    refused = subprocess.run(other, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(REPOSITORY)})
+    assert "another process is writing there" in refused.stderr and refused.returncode
+    runs.release(partial)
+    assert not subprocess.run(other, env=os.environ | {"PYTHONPATH": str(REPOSITORY)}).returncode
+
+
+def test_what_torchrun_starts_again_goes_on_and_overwrites_nothing(outputs, monkeypatch, capsys):
+    partial = begin(outputs, overwrite=True)
+    (partial / "checkpoint-7").mkdir()
+    with pytest.raises(StoneyError, match="an unfinished run"):
+        begin(outputs)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert begin(outputs, overwrite=True) == partial and (partial / "checkpoint-7").is_dir()
+    assert "continuing after adapter.partial/checkpoint-7" in capsys.readouterr().out
 
 
 @pytest.fixture

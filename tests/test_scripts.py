@@ -2,6 +2,7 @@
 
 import argparse
 import importlib.util
+import itertools
 import json
 import os
 import re
@@ -50,11 +51,11 @@ OTHER_SPELLINGS = {
 NOT_SHARED = {"help", "config", "revision", "resume", "batch_size", "top_k"}  # top_k: of sampling, of heads
 
 
-def parser_of(script: str) -> argparse.ArgumentParser:
+def parser_of(script: str, *stage: str) -> argparse.ArgumentParser:
     spec = importlib.util.spec_from_file_location(f"_script_{Path(script).stem}", REPOSITORY / script)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module.build_parser()
+    return module.build_parser(*stage)
 
 
 def run(script: str, *argv: str, cwd: Path, **env: str) -> subprocess.CompletedProcess:
@@ -90,8 +91,10 @@ def test_help_is_quick_and_shows_the_docstrings_commands(script, tmp_path):
     assert done.returncode == 0 and not done.stderr
     # Of the processor, not by the clock: the machine may be busy.
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 0.5
-    commands = [line.strip() for line in docstring(script).splitlines() if line.strip().startswith("python ")]
-    assert commands and all(f"python {script}" in line for line in commands)
+    commands = [
+        line.strip() for line in docstring(script).splitlines() if line.strip().startswith(("python ", "torchrun "))
+    ]
+    assert commands and all(f" {script}" in line for line in commands)
     assert all(command in done.stdout for command in commands)
     assert not any(tmp_path.iterdir())
 
@@ -181,11 +184,13 @@ def test_every_script_can_be_called_from_python(script):
 
 
 def commands_in(text: str) -> list[list[str]]:
-    """Every 'python X.py ...' command of a shell script or a document, as tokens from X.py on."""
+    """Every 'python X.py ...' or 'torchrun ... X.py ...' of a shell script or a document, as tokens from X.py on."""
     found = []
     for line in text.replace("\\\n", " ").splitlines():
-        for command in [line, *re.findall(r"`(python [^`]+)`", line)] if "`" in line else [line]:
-            match = re.match(r"^\s*(?:\$ )?(?:[A-Z_]+=\S+ )*(?:\S*/)?python3? +([\w./]+\.py\b.*)", command)
+        for command in [line, *re.findall(r"`((?:python|torchrun) [^`]+)`", line)] if "`" in line else [line]:
+            match = re.match(
+                r"^\s*(?:\$ )?(?:[A-Z_]+=\S+ )*(?:\S*/)?(?:python3?|torchrun\b.*?) +([\w./]+\.py\b.*)", command
+            )
             if match and "..." not in match[1]:
                 tokens = shlex.split(re.split(r"\s(?:\|\|?|&&|;|>)\s?", match[1])[0], comments=True)
                 found.append(tokens)
@@ -207,8 +212,9 @@ def assert_parses(tokens: list[str]) -> argparse.Namespace:
     assert script.is_file(), f"{tokens[0]}: no such script"
     if script.parent != REPOSITORY:
         return argparse.Namespace()  # benchmarks have their own tests
+    stage = [value for flag, value in itertools.pairwise(tokens) if flag == "--stage"]
     try:
-        return cli.parse_args(parser_of(script.name), tokens[1:])
+        return cli.parse_args(parser_of(script.name, *stage), tokens[1:])
     except SystemExit:
         pytest.fail(f"does not parse: python {shlex.join(tokens)}")
 
@@ -216,6 +222,7 @@ def assert_parses(tokens: list[str]) -> argparse.Namespace:
 def test_the_command_finder_finds_commands():
     text = "python a.py --x 1 \\\n    --y 'b c'  # why\n$ python b.py || [ $? -eq 3 ]\nrun `python c.py --z`\nA=1 python d.py\n"
     assert commands_in(text) == [["a.py", "--x", "1", "--y", "b c"], ["b.py"], ["c.py", "--z"], ["d.py"]]
+    assert commands_in("  torchrun --nnodes=2 --rdzv_id=a e.py --f 1\n") == [["e.py", "--f", "1"]]
     assert commands_in("python e.py ...\npython -m stoney_rl.planted\n") == []
 
 

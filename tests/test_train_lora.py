@@ -12,7 +12,7 @@ import pytest
 import tiny
 
 import train_lora
-from stoney_rl import checkpoints, corpus, data, models, planted
+from stoney_rl import checkpoints, corpus, data, models, planted, runs
 from stoney_rl.errors import StoneyError
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -759,6 +759,7 @@ def unfinished(here, monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             train()
     assert names(here) == {"base", "rows.jsonl", "run_ckpt.partial"}
+    runs.release(Path("run_ckpt.partial"))  # as the end of its process would
     return here
 
 

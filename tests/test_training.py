@@ -304,16 +304,19 @@ def test_rows_of_like_length_share_a_batch_in_an_order_of_seed_and_epoch(trainin
     import torch
 
     rows = {"input_ids": [[0] * (1 + 7 * number % 40) for number in range(40)]}
-    args = types.SimpleNamespace(data_seed=5, train_batch_size=2, gradient_accumulation_steps=2)
-    trainer = types.SimpleNamespace(args=args, state=types.SimpleNamespace(epoch=0.0))
+    args = types.SimpleNamespace(
+        data_seed=5, train_batch_size=2, gradient_accumulation_steps=2, world_size=1,
+        train_sampling_strategy="group_by_length",
+    )  # fmt: skip
+    trainer = types.SimpleNamespace(args=args, state=types.SimpleNamespace(epoch=0.0), num_rows=40)
 
     def order(seed, epoch, noise):
         args.data_seed, trainer.state.epoch = seed, epoch
         torch.manual_seed(noise)  # the global generator has no say
-        return list(training._GroupedByLength(trainer, rows))
+        return list(training._Order(trainer, rows))
 
     first = order(5, 0.0, noise=1)
-    assert sorted(first) == list(range(40)) and len(training._GroupedByLength(trainer, rows)) == 40
+    assert sorted(first) == list(range(40)) and len(training._Order(trainer, rows)) == 40
     assert first == order(5, 0.0, noise=2) == order(5, 0.75, noise=3)  # resumed inside the epoch
     assert first != order(5, 1.0, noise=1) and first != order(6, 0.0, noise=1)
     assert order(5, None, noise=1) == first  # before the first step
