@@ -2,6 +2,7 @@
 # make test   set up, then run the tests (offline)
 # make setup  only the virtual environment
 # make check  lint and format check
+# make docker-check  what can be checked of the Docker image without Docker: installs afresh, trains (minutes; a package registry)
 # make comet  the environment of the COMET metric, .venv-comet/ (optional; about 1.5 GB; TORCH_INDEX as below)
 #
 # CPU-only machine: make setup TORCH_INDEX=https://download.pytorch.org/whl/cpu   (avoids gigabytes of CUDA packages)
@@ -14,7 +15,7 @@ PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 COMET := .venv-comet
 COMET_PIP := $(COMET)/bin/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test setup check format comet clean-demo
+.PHONY: demo test setup check format comet docker-check clean-demo
 
 setup: $(READY)
 
@@ -41,6 +42,9 @@ demo: $(READY)
 
 test: $(READY)
 	@$(VENV)/bin/python -m pytest
+
+docker-check: $(READY)
+	@STONEY_RL_DOCKER_CHECK=1 $(VENV)/bin/python -m pytest -n0 -s tests/test_docker.py
 
 check: $(READY)
 	@$(VENV)/bin/ruff check .
