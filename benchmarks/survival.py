@@ -36,6 +36,11 @@ from stoney_rl.errors import StoneyError
 
 ROOT = Path(__file__).resolve().parent.parent
 SAVE_STEPS, FAULT_STEP = 10, 36  # every fault comes between two checkpoints
+TINY = (
+    *("--model", "base", "--dataset", "rows.jsonl", "--test_fraction", "0.2", "--validation_fraction", "0.1"),
+    *("--global_batch_size", "16", "--learning_rate", "1e-2", "--lora_rank", "4"),
+)
+SAME = ("--eval_steps", "0", "--dtype", "fp32", "--output_dir", "run_ckpt", "--wandb_mode", "disabled")
 PATIENCE = 240  # seconds that any part of a fault may take
 
 
@@ -74,6 +79,7 @@ class Run:
 
     folder: Path
     steps: int
+    arguments: tuple[str, ...] = TINY
     agents: list[subprocess.Popen] = field(default_factory=list)
     logs: list[Path] = field(default_factory=list)
 
@@ -82,12 +88,7 @@ class Run:
     ) -> subprocess.Popen:
         """Start ``launcher`` with the run's arguments; from ``folder`` if given: a node with a disk of its own."""
         self.logs.append(self.folder / f"agent-{len(self.agents)}.log")
-        argv = [
-            *("--model", "base", "--dataset", "rows.jsonl", "--test_fraction", "0.2", "--validation_fraction", "0.1"),
-            *("--global_batch_size", "16", "--max_steps", str(self.steps), "--save_steps", str(SAVE_STEPS)),
-            *("--eval_steps", "0", "--learning_rate", "1e-2", "--lora_rank", "4", "--dtype", "fp32"),
-            *("--output_dir", "run_ckpt", "--wandb_mode", "disabled", *more),
-        ]
+        argv = [*self.arguments, "--max_steps", str(self.steps), "--save_steps", str(SAVE_STEPS), *SAME, *more]
         with self.logs[-1].open("w") as log:
             agent = subprocess.Popen(
                 [*launcher, *argv], cwd=folder or self.folder, stdout=log, stderr=log, env=environment(), **options
@@ -155,7 +156,7 @@ def free_port() -> int:
 
 
 def one_process() -> list[str]:
-    return [sys.executable, str(ROOT / "train_lora.py"), "--batch_size", "8"]
+    return [sys.executable, str(ROOT / "train_lora.py"), "--batch_size", "4"]
 
 
 def two_processes(*options: str) -> list[str]:
@@ -164,7 +165,7 @@ def two_processes(*options: str) -> list[str]:
 
 
 def nodes(*options: str) -> Callable[[int], list[str]]:
-    """The command of each of two nodes with one process; the last option names where they meet."""
+    """The command of each of two nodes with one process; ``{rank}`` in an option becomes the node's."""
 
     def node(rank: int) -> list[str]:
         launcher = ["torchrun", "--nnodes=2", "--nproc_per_node=1", *(option.format(rank=rank) for option in options)]
