@@ -7,7 +7,8 @@
 Reads: a base model (hub id or folder) and rows (hub id, file or folder; see README for the schemas). Splits the rows by
 lexeme and trains on the training split alone, with the loss on the answer and the token that ends it.
 Writes: --output_dir (default stoney_lora_ckpt/: the adapter) and --merged_dir (default stoney_lora_merged/: the model
-with the adapter merged in fp32), both complete checkpoint directories, proven equal by their logits. While it runs,
+with the adapter merged in fp32), both complete checkpoint directories, proven equal by their logits; --no-merge leaves
+the second out. A run of `wandb agent` writes to sweeps/<sweep>/<run>_ckpt/ unless told otherwise. While it runs,
 its checkpoints are in <output_dir>.partial/; after a kill, --resume continues from the last one. With --trace_every,
 <output_dir>/trace.jsonl and trace/: what attention heads, lens and neurons did while it trained.
 Exit codes: 0 done, 2 bad input, 130 interrupted.
@@ -48,8 +49,14 @@ def build_parser() -> argparse.ArgumentParser:
     cli.add_model_flags(paths, DEFAULT_MODEL)
     paths.add_argument("--dataset", default=DEFAULT_DATASET, help="hub id, file or folder of rows")
     paths.add_argument("--dataset_revision", help="hub revision of the dataset")
-    paths.add_argument("--output_dir", default="stoney_lora_ckpt", help="the adapter's directory")
+    paths.add_argument("--output_dir", default=runs.default_output("stoney_lora_ckpt"), help="the adapter's directory")
     paths.add_argument("--merged_dir", help="default: the output directory's name with _ckpt replaced by _merged")
+    paths.add_argument(
+        "--merge",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="save the merged model too; other stages can also start from the adapter",
+    )
     cli.add_resume_flags(paths)
 
     data = parser.add_argument_group("data")
@@ -105,9 +112,11 @@ def build_parser() -> argparse.ArgumentParser:
 def check_args(args: argparse.Namespace) -> None:
     """Complete ``args`` and raise ``StoneyError`` with every problem that can be seen without loading anything."""
     problems = cli.Problems()
-    if args.merged_dir is None:
+    if args.merged_dir and not args.merge:
+        problems.add("--merged_dir: only with --merge")
+    if args.merged_dir is None and args.merge:
         args.merged_dir = args.output_dir.rstrip("/").removesuffix("_ckpt") + "_merged"
-    outputs = {"--output_dir": args.output_dir, "--merged_dir": args.merged_dir}
+    outputs = {"--output_dir": args.output_dir} | ({"--merged_dir": args.merged_dir} if args.merge else {})
     runs.check_outputs(outputs, {"--model": args.model, "--dataset": args.dataset}, problems)
     if args.global_batch_size and args.gradient_accumulation_steps:
         problems.add("--global_batch_size and --gradient_accumulation_steps: one sets the other; give only one")
@@ -162,9 +171,11 @@ def main(argv: list[str] | None = None) -> int | None:
     )
     vars(args).update(rows.split_arguments)
     say(data.describe(rows.rowset))
-    output, merged = Path(args.output_dir), Path(args.merged_dir)
+    output, merged = Path(args.output_dir), Path(args.merged_dir) if args.merge else None
     identity = runs.identify(vars(args), NOT_IDENTITY, model=source.name, data_sha256=rows.rowset.sha256)
-    partial = runs.begin([output, merged], identity, resume=args.resume, overwrite=args.overwrite)
+    partial = runs.begin(
+        [output, *([merged] if merged else [])], identity, resume=args.resume, overwrite=args.overwrite
+    )
     if partial is None:
         return None
     last_checkpoint = runs.last_checkpoint(partial)
@@ -282,7 +293,7 @@ def main(argv: list[str] | None = None) -> int | None:
     losses = [log["eval_loss"] for log in trainer.state.log_history if "eval_loss" in log]
     final_loss = (min(losses) if args.early_stopping_patience else losses[-1]) if losses else None
 
-    # 4. Save the adapter and the merged model, and prove that both are what was trained.
+    # 4. Save the adapter and, unless told otherwise, the merged model, and prove that they are what was trained.
     trainer.save_model(str(partial))  # every process: a sharded model is gathered
     gathered = training.gathered_weights(trainer)
     if trainer.is_world_process_zero():
@@ -304,15 +315,21 @@ def main(argv: list[str] | None = None) -> int | None:
         data.write_quarantine(partial / "quarantine.jsonl", rows.rowset.quarantine)
         del trainer, model, gathered
         gc.collect()  # the patched forward holds the model in a cycle; the merge loads the base again, in fp32
-        difference = training.save_merged(partial, merged, stage, dtype=merged_dtype(args, precision))
+        if merged:
+            difference = training.save_merged(partial, merged, stage, dtype=merged_dtype(args, precision))
+            print(f"{merged}: merged in fp32; its logits equal the adapter's within {difference:.1g}")
+        else:
+            training.record_adapter(partial, stage)
         checkpoints.publish(partial, output)
-        print(f"{merged}: merged in fp32; its logits equal the adapter's within {difference:.1g}")
         print(
             f"{output}: adapter, {stage['training']['steps']} updates"
             + (f", held-out loss {final_loss:.3f}" if final_loss is not None else "")
         )
+        if final_loss is not None:  # a sweep judges a run by its summary: here that of the model which is kept
+            tracker.summary({"eval/loss": final_loss})
         tracker.artifact(output.name, "adapter", str(output), exclude=("checkpoint-*", "quarantine.jsonl", "trace"))
-        tracker.artifact(merged.name, "model", str(merged))
+        if merged:
+            tracker.artifact(merged.name, "model", str(merged))
         tracker.finish()
     runs.end(partial)
     return None

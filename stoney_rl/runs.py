@@ -21,6 +21,15 @@ TRACKING_FILE = "tracking.json"
 MEASURED = "measured"  # folder in which an analysis keeps what it has measured
 
 
+def default_output(name: str) -> str:
+    """Where a stage writes unless told: ``name``; a run that ``wandb agent`` started, to a directory of its own.
+
+    For 'stoney_lora_ckpt' that is ``sweeps/<sweep>/<run>_ckpt``: the runs of a sweep must not meet in one place.
+    """
+    sweep, run = os.environ.get("WANDB_SWEEP_ID"), os.environ.get("WANDB_RUN_ID")
+    return f"sweeps/{sweep}/{run}_{name.rpartition('_')[2]}" if sweep and run else name
+
+
 def partial_directory(output: Path) -> Path:
     """Where a stage works until its output is whole: ``<output>.partial``, beside it."""
     return output.with_name(output.name + ".partial")

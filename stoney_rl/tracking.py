@@ -223,9 +223,11 @@ def decide_mode(told: str | None, environ: Mapping[str, str], settings_mode: str
 
 
 def run_group(group: str | None = None) -> str:
-    """The pipeline's W&B group: as given, else WANDB_RUN_GROUP, else a new 'pipeline-<utc>-<4 hex>'."""
+    """The pipeline's W&B group: as given, else WANDB_RUN_GROUP, else the sweep's, else a new 'pipeline-<utc>-<4 hex>'."""
     if group or os.environ.get("WANDB_RUN_GROUP"):
         return group or os.environ["WANDB_RUN_GROUP"]
+    if os.environ.get("WANDB_SWEEP_ID"):
+        return f"sweep-{os.environ['WANDB_SWEEP_ID']}"
     now = datetime.datetime.now(datetime.UTC)
     return f"pipeline-{now:%Y%m%dT%H%M%SZ}-{secrets.token_hex(2)}"
 
@@ -577,7 +579,7 @@ class Tracker:
         class TrackerCallback(TrainerCallback):
             def on_log(self, args: Any, state: Any, control: Any, logs: dict | None = None, **kwargs: Any) -> None:
                 if logs and state.is_world_process_zero:
-                    tracker.log({_chart_name(key): value for key, value in logs.items()}, state.global_step)
+                    tracker.log({chart_name(key): value for key, value in logs.items()}, state.global_step)
 
         return TrackerCallback()
 
@@ -739,7 +741,7 @@ def artifact_files(path: str | Path, exclude: Sequence[str] = ()) -> list[tuple[
     return found
 
 
-def _chart_name(key: str) -> str:
+def chart_name(key: str) -> str:
     """'eval_loss' -> 'eval/loss', 'loss' -> 'train/loss': the sections W&B draws, as transformers names them."""
     for section in ("eval", "test"):
         if key.startswith(section + "_"):

@@ -439,6 +439,15 @@ def merged(source: models.ModelSource, directory: Path) -> models.ModelSource:
     return models.find_model(str(directory))
 
 
+def record_adapter(adapter: Path, stage: dict) -> PeftModel:
+    """Write the ``stage.json`` of ``adapter``, with what it computes on its base in fp32; return it, so loaded."""
+    model = models.load_model(models.find_model(str(adapter)), torch.float32)
+    checkpoints.write_json(
+        adapter / checkpoints.STAGE_FILE, stage | {"kind": "adapter", "fingerprint": checkpoints.fingerprint(model)}
+    )
+    return model
+
+
 def save_merged(adapter: Path, merged: Path, stage: dict, *, dtype: torch.dtype, also: Iterable[Path] = ()) -> float:
     """Merge ``adapter`` into its base in fp32 and write both directories' ``stage.json``; publish ``merged``.
 
@@ -448,10 +457,9 @@ def save_merged(adapter: Path, merged: Path, stage: dict, *, dtype: torch.dtype,
     in fp32, relative to the largest logit if that is above 1. Raises ``StoneyError`` above
     ``checkpoints.LOGIT_TOLERANCE``, or if the files hold another model than the one in memory.
     """
-    source = models.find_model(str(adapter))
-    model = models.load_model(source, torch.float32)
-    tokenizer = models.load_tokenizer(source)
-    logits, adapter_fingerprint = checkpoints.probe_logits(model), checkpoints.fingerprint(model)
+    model = record_adapter(adapter, stage)
+    tokenizer = models.load_tokenizer(models.find_model(str(adapter)))
+    logits = checkpoints.probe_logits(model)
     model = model.merge_and_unload()
     scale = logits.abs().max().clamp(min=1)
     difference = float((checkpoints.probe_logits(model) - logits).abs().max() / scale)
@@ -460,9 +468,6 @@ def save_merged(adapter: Path, merged: Path, stage: dict, *, dtype: torch.dtype,
         raise StoneyError(
             f"{merged}: logits differ from the adapter's by {difference:.2g} after merging; please report this model"
         )
-    checkpoints.write_json(
-        adapter / checkpoints.STAGE_FILE, stage | {"kind": "adapter", "fingerprint": adapter_fingerprint}
-    )
     for weight in model.parameters():  # not model.to(): that would round the rotary frequencies, which loading does not
         weight.data = weight.data.to(dtype)
     with checkpoints.staged(merged, overwrite=True) as work:

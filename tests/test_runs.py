@@ -31,6 +31,16 @@ def finish(outputs, identity=IDENTITY):
     checkpoints.write_json(outputs[0] / checkpoints.STAGE_FILE, {"identity": identity})
 
 
+def test_each_run_of_a_sweep_writes_to_a_place_of_its_own(monkeypatch):
+    for name in ("WANDB_SWEEP_ID", "WANDB_RUN_ID"):
+        monkeypatch.delenv(name, raising=False)
+    assert runs.default_output("stoney_lora_ckpt") == "stoney_lora_ckpt"
+    monkeypatch.setenv("WANDB_RUN_ID", "run7")  # set by hand, without a sweep
+    assert runs.default_output("stoney_lora_ckpt") == "stoney_lora_ckpt"
+    monkeypatch.setenv("WANDB_SWEEP_ID", "abcd1234")
+    assert runs.default_output("stoney_lora_ckpt") == "sweeps/abcd1234/run7_ckpt"
+
+
 def test_a_run_begins_continues_and_is_done(outputs, capsys):
     partial = begin(outputs, resume=True)
     assert partial == Path("adapter.partial") and partial.is_dir()

@@ -146,7 +146,8 @@ def test_flags_are_underscored_and_spelled_as_everywhere(script):
     for dest, action in flags(parser_of(script)).items():
         for option in action.option_strings:
             assert option == "-h" or re.fullmatch(r"--(no-)?[a-z0-9]+(_[a-z0-9]+)*", option), option
-        assert action.option_strings or dest == "help", f"{dest}: a positional argument"
+        positional = (script, dest) == ("run_sweep.py", "sweep")  # as `wandb sweep` has it
+        assert action.option_strings or dest == "help" or positional, f"{dest}: a positional argument"
         assert dest not in OTHER_SPELLINGS, f"--{dest}: the other scripts say --{OTHER_SPELLINGS[dest]}"
 
 
@@ -155,7 +156,7 @@ def test_flags_that_two_scripts_share_are_the_same_flag():
     shared = 0
     for script in SCRIPTS:
         for dest, action in flags(parser_of(script)).items():
-            if dest in NOT_SHARED:
+            if dest in NOT_SHARED or not action.option_strings:
                 continue
             kind = (type(action), action.type, sorted(action.option_strings), action.nargs)
             other, expected = first.setdefault(dest, (script, kind))
@@ -339,6 +340,11 @@ BAD_INPUT = [
         ["--output_dir: file is a file", "--num_gpus: only with --multi_gpu", "--test_fraction and --valid"],
     ),
     ("train_lora.py", ["--batch_size", "0"], ["--batch_size.*at least 1, got 0"]),
+    ("train_lora.py", ["--no-merge", "--merged_dir", "m"], ["--merged_dir: only with --merge"]),
+    ("run_sweep.py", [], ["sweep.yaml: No such file or directory; expected a W&B sweep file"]),
+    ("run_sweep.py", ["list.yaml"], ["list.yaml: expected 'key: value' lines, found a list"]),
+    ("run_sweep.py", ["broken.yaml"], ["broken.yaml: not valid YAML"]),
+    ("run_sweep.py", ["--method", "bayes"], ["--method: invalid choice: 'bayes'"]),
     ("wandb_sample.py", ["--timeout", "0"], ["--timeout: expected a number above 0, got 0"]),
 ]
 

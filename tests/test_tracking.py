@@ -237,6 +237,8 @@ def test_wrong_mode_is_one_line():
 def test_group(monkeypatch):
     made = tracking.run_group()
     assert made.startswith("pipeline-20") and made != tracking.run_group()
+    monkeypatch.setenv("WANDB_SWEEP_ID", "abcd1234")
+    assert tracking.run_group() == "sweep-abcd1234"
     monkeypatch.setenv("WANDB_RUN_GROUP", "from-env")
     assert tracking.run_group() == "from-env" and tracking.run_group("given") == "given"
 

@@ -271,6 +271,25 @@ def test_the_next_stage_names_its_parent(trained, inputs, environment, tmp_path,
     ]
 
 
+def test_without_a_merge_the_adapter_is_the_same_and_merges_later(trained, here):
+    import torch
+
+    from stoney_rl import training
+
+    train("--no-merge")
+    assert names(here) == {"base", "rows.jsonl", "run_ckpt"} and names(here / "run_ckpt") == ADAPTER_FILES
+    assert same_adapter(here / "run_ckpt", trained / "run_ckpt")
+    mine, other = (read(directory / "run_ckpt/stage.json") for directory in (here, trained))
+    assert (mine["kind"], mine["fingerprint"]) == ("adapter", other["fingerprint"])
+    later = training.merged(models.find_model("run_ckpt"), here / "later")
+    merged, expected = weights(later.name), weights(trained / "run_merged")
+    assert merged.keys() == expected.keys() and all(torch.equal(merged[name], expected[name]) for name in merged)
+    before = snapshot(here)
+    train("--no-merge")  # done already
+    assert snapshot(here) == before
+    assert "holds another run" in refusal()
+
+
 def test_a_hub_model_at_a_revision_is_merged_at_that_revision(here, environment, monkeypatch):
     """main is another model than v1: an adapter of v1 that is merged onto main is not what was trained."""
     from huggingface_hub import constants
