@@ -14,7 +14,6 @@ Exit codes of a worker: 0 done, 2 bad input, 75 stopped by SIGTERM and saved: st
 
 import argparse
 import importlib
-import os
 
 from stoney_rl import cli
 from stoney_rl.errors import StoneyError
@@ -37,12 +36,7 @@ def main(argv: list[str] | None = None) -> int | None:
     stage = chosen.stage if chosen.stage in STAGES else "sft"  # the whole parser says what is wrong with another
     if cli.parse_args(build_parser(stage), argv).stage != stage:
         raise StoneyError("--config: stage is there; give --stage on the command line, as it decides the other flags")
-    run = importlib.import_module(STAGES[stage]).main
-    if "RANK" in os.environ:
-        from torch.distributed.elastic.multiprocessing.errors import record
-
-        run = record(run)  # torchrun's summary then shows the error of the rank that failed first
-    return run(of_stage)
+    return importlib.import_module(STAGES[stage]).main(of_stage)
 
 
 if __name__ == "__main__":

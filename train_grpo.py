@@ -22,7 +22,6 @@ import gc
 import math
 import os
 import random
-import sys
 import time
 from pathlib import Path
 
@@ -167,9 +166,9 @@ def main(argv: list[str] | None = None) -> int | None:
     args = cli.parse_args(build_parser(), argv)
     devices = distributed.world_size() if "RANK" in os.environ else (args.num_gpus or 1 if args.multi_gpu else 1)
     rewards, weights, plan = check_args(args, devices)
+    if distributed.is_to_be_launched(args):
+        return distributed.relaunch_on_gpus(__file__, args, argv)
     tracking.load_env()
-    if args.multi_gpu and "RANK" not in os.environ:
-        return distributed.relaunch_on_gpus("grpo", args, sys.argv[1:] if argv is None else argv)
     if "RANK" not in os.environ:  # TRL refuses DataParallel: without torchrun, one GPU
         os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
     distributed.connect(args)

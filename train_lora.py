@@ -18,7 +18,6 @@ import argparse
 import gc
 import math
 import os
-import sys
 import time
 from pathlib import Path
 
@@ -43,8 +42,9 @@ NOT_IDENTITY = {
 }
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = cli.make_parser(__doc__)
+def build_parser(doc: str = __doc__, *, accumulation: int = 4) -> argparse.ArgumentParser:
+    """``accumulation``: what the help names as the default (see ``accumulation_steps``)."""
+    parser = cli.make_parser(doc)
     paths = parser.add_argument_group("input and output")
     cli.add_model_flags(paths, DEFAULT_MODEL)
     paths.add_argument("--dataset", default=DEFAULT_DATASET, help="hub id, file or folder of rows")
@@ -70,7 +70,9 @@ def build_parser() -> argparse.ArgumentParser:
         help="rows a device and step before accumulation",
     )  # fmt: skip
     batch.add_argument(
-        "--gradient_accumulation_steps", type=cli.positive_int, help="default: 4, or from --global_batch_size"
+        "--gradient_accumulation_steps",
+        type=cli.positive_int,
+        help=f"default: {accumulation}, or from --global_batch_size",
     )
     batch.add_argument(
         "--global_batch_size", type=cli.positive_int, help="rows an update over all devices; sets accumulation"
@@ -143,9 +145,15 @@ def check_args(args: argparse.Namespace) -> None:
 def main(argv: list[str] | None = None) -> int | None:
     args = cli.parse_args(build_parser(), argv)
     check_args(args)
+    if distributed.is_to_be_launched(args):
+        return distributed.relaunch_on_gpus(__file__, args, argv)
+    train(args)
+    return None
+
+
+def train(args: argparse.Namespace) -> None:
+    """The stage, with arguments that ``check_args`` has completed."""
     tracking.load_env()
-    if args.multi_gpu and "RANK" not in os.environ:
-        return distributed.relaunch_on_gpus("sft", args, sys.argv[1:] if argv is None else argv)
     if "RANK" not in os.environ:  # TRL refuses DataParallel: without torchrun, one GPU
         os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
     distributed.connect(args)
@@ -177,7 +185,7 @@ def main(argv: list[str] | None = None) -> int | None:
         [output, *([merged] if merged else [])], identity, resume=args.resume, overwrite=args.overwrite
     )
     if partial is None:
-        return None
+        return
     last_checkpoint = runs.last_checkpoint(partial)
 
     # 2. Model, tokenizer, tokens.
@@ -187,7 +195,7 @@ def main(argv: list[str] | None = None) -> int | None:
     from transformers import EarlyStoppingCallback, set_seed
     from trl import SFTConfig
 
-    from stoney_rl import models, prompts, training
+    from stoney_rl import models, preflight, prompts, training
 
     precision = models.choose_precision(args.dtype)
     tokenizer = models.load_tokenizer(source)
@@ -213,6 +221,11 @@ def main(argv: list[str] | None = None) -> int | None:
     say(
         f"device: {models.device()}, {precision}, gradient checkpointing {'on' if args.gradient_checkpointing else 'off'}"
     )
+    if distributed.is_main():
+        for line in preflight.foresee_sft(
+            args, source, train_set, batches=total_steps * accumulation, devices=world_size
+        ):
+            say(line)
     say("one example, trained tokens between ⟦ and ⟧:\n" + prompts.show_example(tokenizer, train_set[0]) + "\n")
 
     try:
@@ -332,7 +345,6 @@ def main(argv: list[str] | None = None) -> int | None:
             tracker.artifact(merged.name, "model", str(merged))
         tracker.finish()
     runs.end(partial)
-    return None
 
 
 def accumulation_steps(args: argparse.Namespace, world_size: int) -> int:

@@ -292,7 +292,7 @@ def run(main: Callable[[], int | None]) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     name = ": ".join(filter(None, [Path(sys.argv[0]).name, distributed.who()]))
     try:
-        code = main()
+        code = distributed.recorded(main)()
     except Preempted as stop:
         print(f"{name}: {stop}", file=sys.stderr)
         code = EXIT_RESUME

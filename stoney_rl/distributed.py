@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
     from stoney_rl import cli
 
-ENTRY = Path(__file__).resolve().parent.parent / "train_distributed.py"
 # Seconds. How long processes wait for one another: the slowest thing that one does alone is to merge a large model.
 PATIENCE = 7200
 # How long torchrun waits for its workers to save after a SIGTERM, before it kills them (its own default is 30).
@@ -51,6 +50,15 @@ def who() -> str:
 def is_restarted() -> bool:
     """Whether torchrun has started these processes again after a failure."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT") or 0) > 0
+
+
+def recorded(main: Callable[[], Any]) -> Callable[[], Any]:
+    """``main``, whose exception under torchrun is shown in torchrun's summary, for the rank that failed first."""
+    if "TORCHELASTIC_ERROR_FILE" not in os.environ:
+        return main
+    from torch.distributed.elastic.multiprocessing.errors import record
+
+    return record(main)
 
 
 def check_flags(args: "argparse.Namespace", problems: "cli.Problems") -> None:
@@ -98,8 +106,13 @@ def trainer_options(args: "argparse.Namespace", partial: Path) -> dict:
     return options
 
 
-def relaunch_on_gpus(stage: str, args: "argparse.Namespace", argv: list[str]) -> int:
-    """Run ``stage`` with ``argv`` through torchrun, one process a GPU; the exit code of the whole.
+def is_to_be_launched(args: "argparse.Namespace") -> bool:
+    """Whether this process is to start others by torchrun (--multi_gpu), and is not one of them."""
+    return args.multi_gpu and "RANK" not in os.environ
+
+
+def relaunch_on_gpus(script: str, args: "argparse.Namespace", argv: list[str] | None) -> int:
+    """Run ``script`` with ``argv`` (default: this process's) through torchrun, one process a GPU; the exit code of it all.
 
     Raises ``StoneyError`` if there are fewer GPUs than asked for, saying how many there are.
     """
@@ -111,10 +124,11 @@ def relaunch_on_gpus(stage: str, args: "argparse.Namespace", argv: list[str]) ->
         remedy = f"use --num_gpus {available}" if available else "leave out --multi_gpu to train on the CPU"
         raise StoneyError(f"--multi_gpu: {asked}, {available} found on this machine; {remedy}")
     restarts = 3 if args.max_restarts is None else args.max_restarts
-    return launch(stage, argv, processes=args.num_gpus or available, max_restarts=restarts)
+    argv = sys.argv[1:] if argv is None else argv
+    return launch([script, *argv], processes=args.num_gpus or available, max_restarts=restarts)
 
 
-def launch(stage: str, argv: list[str], *, processes: int, max_restarts: int) -> int:
+def launch(command: list[str], *, processes: int, max_restarts: int) -> int:
     """torchrun in this process, on this machine: ``processes`` workers, started again from the last checkpoint.
 
     The exit code is the workers': 'resume me' if any says so, else bad input, else 1.
@@ -129,7 +143,7 @@ def launch(stage: str, argv: list[str], *, processes: int, max_restarts: int) ->
                f"--shutdown-timeout={SHUTDOWN_SECONDS}"]  # fmt: skip
     sys.stdout.flush()
     try:
-        run.run(run.parse_args([*options, str(ENTRY), "--stage", stage, *argv]))
+        run.run(run.parse_args([*options, *command]))
     except SignalException as signalled:
         return cli.EXIT_INTERRUPTED if signalled.sigval == signal.SIGINT else cli.EXIT_RESUME
     except ChildFailedError as failed:

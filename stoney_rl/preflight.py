@@ -1,4 +1,4 @@
-"""What a GRPO run will do, before it does it: the plan of a step, its memory, and groups that will teach nothing.
+"""What a run will do, before it does it: the plan of a GRPO step, groups that will teach nothing, the time on a CPU.
 
 Importing this module loads no torch.
 """
@@ -10,17 +10,20 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from stoney_rl import memory
 from stoney_rl.errors import StoneyError
+from stoney_rl.memory import Memory, expected_memory, free_memory  # noqa: F401  what train_grpo.py asks for here
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    import argparse
+
+    from transformers import PretrainedConfig
 
     from stoney_rl.grpo import GroupTrainer
+    from stoney_rl.models import ModelSource
 
-FP32 = 4  # bytes
 # Completions scored at a time on a device, unless told: a packed group of 16 fits wherever the model does.
 MICRO_BATCH = 16
-_MIB = 2**20
 
 
 @dataclass(frozen=True)
@@ -68,71 +71,70 @@ def plan_batch(batch_size: int, group_size: int, devices: int = 1, micro_batch_s
     return BatchPlan(batch_size // group_size, micro_batch_size, local // micro_batch_size)
 
 
-@dataclass(frozen=True)
-class Memory:
-    """Bytes expected on one device. ``peak``: what is always there, and the larger of sampling and learning."""
+def foresee_sft(
+    args: "argparse.Namespace", source: "ModelSource", examples: list[dict], *, batches: int, devices: int
+) -> list[str]:
+    """What ``train_lora.py`` says before it loads the weights: memory, and on a CPU the time that the run will take.
 
-    weights: int
-    adapter: int
-    sampling: int
-    learning: int
-
-    @property
-    def peak(self) -> int:
-        return self.weights + self.adapter + max(self.sampling, self.learning)
-
-    def __str__(self) -> str:
-        parts = ("weights", "adapter", "sampling", "learning")
-        listed = ", ".join(f"{name} {getattr(self, name) / _MIB:,.0f}" for name in parts)
-        return f"about {self.peak / _MIB:,.0f} MiB a device ({listed})"
-
-
-def expected_memory(
-    model: "PreTrainedModel",
-    plan: BatchPlan,
-    *,
-    group_size: int,
-    prompt_tokens: int,
-    completion_tokens: int,
-    shares_prefixes: bool,
-    gradient_checkpointing: bool,
-) -> Memory:
-    """What a step will need for prompts and completions of these lengths; an estimate, from the model's shape.
-
-    Adapter: weights, gradients and Adam's two moments in fp32. Sampling: the key-value cache, and four copies of a
-    step's logits. Learning: activations of one micro-batch (with checkpointing one hidden state a layer, and one layer's
-    own), and three copies of a chunk of logits.
+    ``examples``: the tokenised training rows; ``batches``: how many of --batch_size rows a device will train on.
     """
-    from stoney_rl.training import HEAD_CHUNK
+    config = memory.read_config(source.name, source.revision)
+    setup = memory.setup(args, devices=devices, length=max(len(example["input_ids"]) for example in examples))
+    try:
+        needed = memory.sft_memory(config, setup)
+    except StoneyError as error:  # a forecast is no reason to end a run
+        return [f"memory: {error}"]
+    lines = [memory.verdict(needed, setup), memory.merge_line(config)]
+    if not memory.fits(needed.peak):
+        lines += [f"  {line}" for line in memory.proposals(config, setup, args.gradient_accumulation_steps or 1)]
+    if setup.device == "cpu":
+        tokens = statistics.fmean(len(example["input_ids"]) for example in examples)
+        answers = statistics.fmean(sum(label != -100 for label in example["labels"]) for example in examples)
+        layers, head = cpu_speed(config, setup)
+        seconds = batches * setup.batch_size * (tokens * layers + answers * head)
+        lines.append(f"time on this CPU: about {spoken(seconds)}, by a layer and the LM head timed just now")
+    return lines
 
-    config = model.config.get_text_config()
-    width, layers = config.hidden_size, config.num_hidden_layers
-    head_width = getattr(config, "head_dim", None) or width // config.num_attention_heads
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    element = model.dtype.itemsize
-    parameters = list(model.parameters())
-    trained = sum(weight.numel() for weight in parameters if weight.requires_grad)
-    local = plan.per_device * plan.accumulation
-    cache = 2 * layers * heads * head_width * element * local * (prompt_tokens + completion_tokens)
-    prompts = max(1, plan.per_device // group_size) if shares_prefixes else plan.per_device
-    tokens = prompts * prompt_tokens + plan.per_device * completion_tokens
-    a_layer = tokens * (16 * width + 6 * config.intermediate_size) * FP32
-    kept = layers * tokens * width * FP32 + a_layer if gradient_checkpointing else layers * a_layer
-    chunk = min(HEAD_CHUNK, plan.per_device * completion_tokens)
-    return Memory(
-        weights=sum(weight.numel() * weight.element_size() for weight in parameters if not weight.requires_grad),
-        adapter=4 * trained * FP32,
-        sampling=cache + 4 * local * config.vocab_size * FP32,
-        learning=kept + 3 * chunk * config.vocab_size * FP32,
+
+def cpu_speed(config: "PretrainedConfig", setup: "memory.Setup") -> tuple[float, float]:
+    """Seconds a token that training takes in all layers, and seconds a token with a label in the LM head; measured now.
+
+    One real layer with its adapter, forward and backward, on a row of ``setup.length`` tokens, and the head with as many
+    words as fit a moment: what they take times the number of layers and of words. The second of two passes counts. The
+    run's own random numbers stay untouched.
+    """
+    import torch
+
+    from stoney_rl.training import score_tokens
+
+    config = config.get_text_config()
+    words = min(config.vocab_size, 8192)
+    with torch.random.fork_rng(devices=[]):
+        model = memory.adapted(config, setup, 1, device="cpu", vocab_size=words, pad_token_id=None)
+        ids = torch.randint(words, (1, setup.length))
+    for _ in range(2):
+        with torch.autocast("cpu", dtype=setup.autocast, enabled=setup.autocast is not None):
+            started = time.perf_counter()
+            hidden = model.get_base_model().base_model(input_ids=ids, use_cache=False).last_hidden_state
+            half = time.perf_counter()
+            states = hidden[0].detach().requires_grad_()
+            log_probs, *_ = score_tokens(model.get_output_embeddings(), states, ids[0])
+        log_probs.sum().backward()
+        scored = time.perf_counter()
+        hidden.backward(torch.ones_like(hidden))
+        layer = half - started + time.perf_counter() - scored
+    return (
+        layer * config.num_hidden_layers / setup.length,
+        (scored - half) * config.vocab_size / words / setup.length,
     )
 
 
-def free_memory() -> int:
-    """Bytes that are free on the GPU, or available on a machine without one."""
-    import psutil
-    import torch
-
-    return torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else psutil.virtual_memory().available
+def spoken(seconds: float) -> str:
+    """A duration to two figures or so: '40 s', '12 minutes', '5.5 hours', '3.2 days'."""
+    for unit, size in (("days", 86400), ("hours", 3600)):
+        if seconds >= 1.5 * size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds / 60:.0f} minutes" if seconds >= 90 else f"{max(1, round(seconds))} s"
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 Importing this module loads torch; the scripts do so after their arguments are checked.
 """
 
+import ctypes
 import functools
 import os
 import shutil
@@ -287,6 +288,7 @@ def _score_answers_only(model: PreTrainedModel) -> None:
             )
         kwargs["use_cache"] = False
         hidden = self.base_model(*args, **kwargs).last_hidden_state[:, :-1]
+        return_free_pages()
         targets = labels[:, 1:]
         trained = targets != -100
         scores = score_tokens(self.get_output_embeddings(), hidden[trained], targets[trained])
@@ -301,6 +303,17 @@ def _score_answers_only(model: PreTrainedModel) -> None:
         )
 
     model.forward = types.MethodType(forward, model)
+
+
+def return_free_pages() -> None:
+    """Give the pages of freed blocks back to the system, where the C library can (glibc; elsewhere it does nothing).
+
+    The layers leave holes between what they keep, in which the logits don't fit: without this a step's peak is up to
+    twice what it uses. It takes a few hundredths of a second.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
+    if trim is not None:
+        trim(0)
 
 
 def rescales_logits(config: PretrainedConfig) -> bool:

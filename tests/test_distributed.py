@@ -219,7 +219,7 @@ def test_more_gpus_than_there_are_is_refused_with_their_number(monkeypatch):
     ]:
         monkeypatch.setattr(torch.cuda, "device_count", lambda available=available: available)
         with pytest.raises(StoneyError, match=said):
-            distributed.relaunch_on_gpus("sft", namespace(multi_gpu=True, num_gpus=number), [])
+            distributed.relaunch_on_gpus("x.py", namespace(multi_gpu=True, num_gpus=number), [])
 
 
 def test_torchrun_is_given_one_worker_a_gpu_and_the_stages_own_flags(monkeypatch):
@@ -229,14 +229,14 @@ def test_torchrun_is_given_one_worker_a_gpu_and_the_stages_own_flags(monkeypatch
     given = []
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     monkeypatch.setattr(run, "run", given.append)
-    assert distributed.relaunch_on_gpus("grpo", namespace(multi_gpu=True), ["--lora_path", "x", "--multi_gpu"]) == 0
-    assert distributed.relaunch_on_gpus("sft", namespace(multi_gpu=True, num_gpus=3, max_restarts=0), []) == 0
+    assert distributed.relaunch_on_gpus("a.py", namespace(multi_gpu=True), ["--lora_path", "x", "--multi_gpu"]) == 0
+    assert distributed.relaunch_on_gpus("b.py", namespace(multi_gpu=True, num_gpus=3, max_restarts=0), []) == 0
     assert [(told.nproc_per_node, told.max_restarts, told.standalone) for told in given] == [
         ("4", 3, True),
         ("3", 0, True),
     ]
-    assert given[0].training_script.endswith("train_distributed.py")
-    assert given[0].training_script_args == ["--stage", "grpo", "--lora_path", "x", "--multi_gpu"]
+    assert [told.training_script for told in given] == ["a.py", "b.py"]
+    assert given[0].training_script_args == ["--lora_path", "x", "--multi_gpu"]
 
 
 def test_the_exit_code_is_what_the_workers_say(monkeypatch):
@@ -249,7 +249,7 @@ def test_the_exit_code_is_what_the_workers_say(monkeypatch):
             raise error
 
         monkeypatch.setattr(run, "run", run_)
-        return distributed.launch("sft", [], processes=2, max_restarts=0)
+        return distributed.launch(["x.py"], processes=2, max_restarts=0)
 
     def failed(*codes):
         failures = {rank: ProcessFailure(rank, 100 + rank, code, "none") for rank, code in enumerate(codes)}
