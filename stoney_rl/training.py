@@ -199,7 +199,7 @@ class AnswerTrainer(WholeCheckpoints, SFTTrainer):
     """
 
     def __init__(
-        self, *, args: SFTConfig, train_dataset: Dataset, eval_dataset: Dataset | None, **kwargs: object
+        self, *, args: SFTConfig, train_dataset: Dataset, eval_dataset: Dataset | None = None, **kwargs: object
     ) -> None:
         self.num_rows = len(train_dataset)
         if args.world_size > 1:
