@@ -223,7 +223,7 @@ def train(args: argparse.Namespace) -> None:
     )
     if distributed.is_main():
         for line in preflight.foresee_sft(
-            args, source, train_set, batches=total_steps * accumulation, devices=world_size
+            args, source, train_set, updates=total_steps, accumulation=accumulation, devices=world_size
         ):
             say(line)
     say("one example, trained tokens between ⟦ and ⟧:\n" + prompts.show_example(tokenizer, train_set[0]) + "\n")

@@ -72,11 +72,17 @@ def plan_batch(batch_size: int, group_size: int, devices: int = 1, micro_batch_s
 
 
 def foresee_sft(
-    args: "argparse.Namespace", source: "ModelSource", examples: list[dict], *, batches: int, devices: int
+    args: "argparse.Namespace",
+    source: "ModelSource",
+    examples: list[dict],
+    *,
+    updates: int,
+    accumulation: int,
+    devices: int,
 ) -> list[str]:
     """What ``train_lora.py`` says before it loads the weights: memory, and on a CPU the time that the run will take.
 
-    ``examples``: the tokenised training rows; ``batches``: how many of --batch_size rows a device will train on.
+    ``examples``: the tokenised training rows; ``accumulation``: batches of --batch_size rows an update and device.
     """
     config = memory.read_config(source.name, source.revision)
     setup = memory.setup(args, devices=devices, length=max(len(example["input_ids"]) for example in examples))
@@ -86,12 +92,12 @@ def foresee_sft(
         return [f"memory: {error}"]
     lines = [memory.verdict(needed, setup), memory.merge_line(config)]
     if not memory.fits(needed.peak):
-        lines += [f"  {line}" for line in memory.proposals(config, setup, args.gradient_accumulation_steps or 1)]
+        lines += [f"  {line}" for line in memory.proposals(config, setup, accumulation)]
     if setup.device == "cpu":
         tokens = statistics.fmean(len(example["input_ids"]) for example in examples)
         answers = statistics.fmean(sum(label != -100 for label in example["labels"]) for example in examples)
         layers, head = cpu_speed(config, setup)
-        seconds = batches * setup.batch_size * (tokens * layers + answers * head)
+        seconds = updates * accumulation * setup.batch_size * (tokens * layers + answers * head)
         lines.append(f"time on this CPU: about {spoken(seconds)}, by a layer and the LM head timed just now")
     return lines
 

@@ -259,7 +259,7 @@ class _Order(Sampler):
 
     def __iter__(self) -> Iterator[int]:
         args, epoch = self.trainer.args, int(self.trainer.state.epoch or 0)
-        generator = torch.Generator().manual_seed(args.data_seed + epoch)
+        generator = torch.Generator().manual_seed((args.seed if args.data_seed is None else args.data_seed) + epoch)
         if args.train_sampling_strategy == "group_by_length":
             order = get_length_grouped_indices(self.lengths, self.rows_an_update, generator=generator)
         elif args.train_sampling_strategy == "random":

@@ -1,5 +1,6 @@
 """What training will need of memory: by hand, beside what a real run takes, and what is proposed where it is too much."""
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -195,6 +196,7 @@ def gpu(monkeypatch):
     return set_free
 
 
+HINT = "" if importlib.util.find_spec("bitsandbytes") else " (after: pip install bitsandbytes)"
 ON_GPU = {"device": "cuda", "weights": torch.bfloat16, "autocast": torch.bfloat16, "lora": {"r": 16, "target_modules": "all-linear"}}  # fmt: skip
 
 
@@ -222,7 +224,7 @@ def test_a_change_that_is_enough_is_proposed_alone(gpu, monkeypatch):
     lines = list(memory.proposals(phi3, setup, accumulation=2))
     flags = [line.split(": predicted peak ")[0] for line in lines]
     assert flags == [
-        "--load_in_4bit (after: pip install bitsandbytes)",
+        f"--load_in_4bit{HINT}",
         "--max_length 256",
         "--batch_size 1 --gradient_accumulation_steps 32",  # the same 32 rows an update
         "--model Qwen/Qwen2.5-1.5B-Instruct",
@@ -237,7 +239,7 @@ def test_changes_that_are_not_enough_are_proposed_together(gpu):
     gpu(3.2)
     first, last = memory.proposals(phi3, setup, accumulation=8)
     assert first.startswith(
-        "--load_in_4bit (after: pip install bitsandbytes) --gradient_checkpointing --max_length 256 --batch_size 1 "
+        f"--load_in_4bit{HINT} --gradient_checkpointing --max_length 256 --batch_size 1 "
         "--gradient_accumulation_steps 16: predicted peak "
     )
     assert "too much" not in first and "too much" not in last
@@ -247,7 +249,6 @@ def test_changes_that_are_not_enough_are_proposed_together(gpu):
 
 def test_4_bits_are_proposed_without_a_hint_where_they_are_installed_and_not_on_a_cpu(gpu, monkeypatch):
     import importlib.machinery
-    import importlib.util
 
     spec = importlib.machinery.ModuleSpec("bitsandbytes", None)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: spec)

@@ -114,6 +114,7 @@ def test_it_goes_on_when_told(here, little_memory, capsys):
 def test_train_lora_warns_and_goes_on(here, little_memory, capsys):
     train_lora.main([*SHORT, "--output_dir", "run_ckpt"])
     said = capsys.readouterr().out
+    assert "  --batch_size 1 --gradient_accumulation_steps 16: predicted peak" in said  # 4 x 4 rows
     assert "will not fit" in said and "  --model HuggingFaceTB/SmolLM2-135M-Instruct: predicted peak" in said
     assert (here / "run_merged").is_dir()
 
