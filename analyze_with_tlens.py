@@ -21,7 +21,7 @@ import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from stoney_rl import checkpoints, cli, runs, tracking
+from stoney_rl import artifacts, checkpoints, cli, runs, tracking
 from stoney_rl.errors import StoneyError
 from stoney_rl.metrics.systems import base_of, describe, short_name
 from stoney_rl.models import ModelSource, find_model, resolve_unpublished
@@ -106,7 +106,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="DIR",
         help="directory of a run trained with --trace_every, for the slider; default: the model's own",
     )
-    cli.add_tracking_flags(parser)
+    cli.add_tracking_flags(parser, {"model_path": artifacts.ANY_MODEL, "lexicon": artifacts.ROWS})
     return parser
 
 
@@ -132,7 +132,7 @@ def head_name(text: str) -> tuple[int, int]:
 
 def main(argv: list[str] | None = None) -> int:
     parser = build_parser()
-    args = cli.parse_args(parser, argv)
+    args = cli.parse_stage(parser, argv)
     if not args.model_path:
         parser.error("the following arguments are required: --model_path")
     tracking.load_env()
@@ -174,9 +174,9 @@ def main(argv: list[str] | None = None) -> int:
     partial = runs.open_partial(output, identity, resume=True, overwrite=args.overwrite)
 
     # 3. One model at a time, one task at a time; what was measured before a stop is not measured again.
-    parent = checkpoints.tracked(sources[main_name].name)
-    tracker = tracking.start_stage("analyze_with_tlens", args, name=output.name, group=parent.get("group"))
-    tracker.use_artifact(parent.get("artifact"))
+    model, *others = (source.name for source in sources.values())
+    trained_on = (checkpoints.read_stage(Path(model)) or {}).get("data") if Path(model).is_dir() else None
+    tracker = runs.start_tracking("analyze_with_tlens", args, partial, model=model, data=trained_on, also=others)
     measured, floors = {}, None
     for name, source in sources.items():
         first = measured[main_name]["trust"].facts["shape"] if measured else None
@@ -215,7 +215,7 @@ def main(argv: list[str] | None = None) -> int:
             seed=args.seed,
             identity=identity,
             exit_code=exit_code,
-            wandb={"run_id": tracker.run_id, "group": tracker.group, "url": tracker.url},
+            wandb=tracker.record,
         ),
     )
     checkpoints.publish(partial, output)

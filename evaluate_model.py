@@ -25,7 +25,7 @@ import shutil
 import time
 from pathlib import Path
 
-from stoney_rl import checkpoints, cli, runs, terminal, tracking
+from stoney_rl import artifacts, checkpoints, cli, runs, terminal, tracking
 from stoney_rl.errors import StoneyError
 from stoney_rl.metrics.systems import RESULTS_FILE, check, describe, find_all, first_ancestor, short_name
 from stoney_rl.models import ModelSource, find_model, resolve_unpublished
@@ -94,13 +94,13 @@ def build_parser() -> argparse.ArgumentParser:
         "--seed", type=cli.non_negative_int, default=0, help="drawing of rows and samples, bootstrap"
     )
     statistics.add_argument("--resamples", type=cli.positive_int, default=2000, help="bootstrap resamples")
-    cli.add_tracking_flags(parser)
+    cli.add_tracking_flags(parser, {"model_path": artifacts.ANY_MODEL, "dataset": artifacts.ROWS})
     return parser
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = build_parser()
-    args = cli.parse_args(parser, argv)
+    args = cli.parse_stage(parser, argv)
     if args.verify:
         from stoney_rl.metrics import verification
 
@@ -168,9 +168,10 @@ def main(argv: list[str] | None = None) -> int:
         predictions.copy(output, partial)
 
     # 3. One pass of generation for each system.
-    parent = checkpoints.tracked(source.name)
-    tracker = tracking.start_stage("evaluate_model", args, name=output.name, group=parent.get("group"))
-    tracker.use_artifact(parent.get("artifact"))
+    others = [system.name for system in systems.values() if isinstance(system, ModelSource) and system is not source]
+    tracker = runs.start_tracking(
+        "evaluate_model", args, partial, model=source.name, data=held_out.corpus.describe(), also=others
+    )
     answers, files, seconds = {}, {}, {}
     for name, system in systems.items():
         started = time.monotonic()
@@ -209,7 +210,7 @@ def main(argv: list[str] | None = None) -> int:
         **numbers,
         truncated={name: sum(row["truncated"] for row in answers[name]) for name in systems},
         seconds=earlier["seconds"] if earlier else seconds,
-        wandb={"run_id": tracker.run_id, "group": tracker.group, "url": tracker.url},
+        wandb=tracker.record,
     )
     text = summary(results, answers)
     (partial / SUMMARY_FILE).write_text(text + "\n", encoding="utf-8")
@@ -332,6 +333,9 @@ def summary(results: dict, answers: dict[str, list[dict]]) -> str:
         parts.append(errors.as_text(results["errors"][model_name], model_name))
     if results["comparison"]:
         parts.append(comparison.difference_table(results["comparison"]))
+    tracked = [line for line in results["lineage"] if ", run http" in line]
+    if tracked:
+        parts.append("\n".join(["W&B runs that made this model:", *(f"  {line}" for line in tracked)]))
     lines = [f"{metric.upper()} is not in these numbers. {why}" for metric, why in results["unavailable"].items()]
     if RETRIEVAL in answers:
         lines.append(f"{RETRIEVAL}: no model; it repeats the answer of the most similar training question.")

@@ -23,7 +23,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from stoney_rl import checkpoints, cli, prepared, runs, tracking
+from stoney_rl import artifacts, checkpoints, cli, prepared, runs, tracking
 from stoney_rl.errors import StoneyError
 from stoney_rl.inspection.findings import DROPPABLE, FAILURE, FAILURES
 from stoney_rl.models import DEFAULT_MODEL, ModelSource, find_model, resolve_unpublished
@@ -63,12 +63,12 @@ def build_parser() -> argparse.ArgumentParser:
     data.add_argument("--drop", action="append", default=[], choices=DROPPABLE, metavar="FINDING",
                       help=f"repeatable; leave its rows out, to the quarantine: {', '.join(DROPPABLE)}")  # fmt: skip
     cli.add_split_flags(data, "a prepared source's own")
-    cli.add_tracking_flags(parser)
+    cli.add_tracking_flags(parser, {"dataset": artifacts.ROWS})
     return parser
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = cli.parse_args(build_parser(), argv)
+    args = cli.parse_stage(build_parser(), argv)
     check_args(args)
     tracking.load_env()
     os.environ["TOKENIZERS_PARALLELISM"] = "true"  # nothing is forked here
@@ -130,7 +130,8 @@ def main(argv: list[str] | None = None) -> int:
         # 4. The directory.
         summary = report.summarise(rowset, sections, arguments=identity["arguments"], kept=len(kept.rows))
         text = report.as_text(summary, entries)
-        tracker = tracking.start_stage("inspect_hf_dataset", args, name=output.name)
+        described = corpus.Corpus(kept, split).describe() if split else None
+        tracker = tracking.start_stage("inspect_hf_dataset", args, name=output.name, data=described)
         if args.output_dir:
             prepared.write(work, kept, split)
         report.write(work, summary, text, sections, entries, kept)
@@ -138,10 +139,10 @@ def main(argv: list[str] | None = None) -> int:
             prepared.STAGE if args.output_dir else REPORT_STAGE,
             arguments=vars(args),
             seed=args.seed,
-            data=corpus.Corpus(kept, split).describe() if split else None,
+            data=described,
             files=prepared.file_hashes(work),
             identity=identity,
-            wandb={"run_id": tracker.run_id, "group": tracker.group, "url": tracker.url},
+            wandb=tracker.record,
         )
         checkpoints.write_json(work / checkpoints.STAGE_FILE, stage)
     print(text)

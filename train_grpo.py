@@ -25,7 +25,7 @@ import random
 import time
 from pathlib import Path
 
-from stoney_rl import checkpoints, cli, distributed, runs, tracking
+from stoney_rl import artifacts, checkpoints, cli, distributed, runs, tracking
 from stoney_rl.errors import StoneyError
 from stoney_rl.models import find_model, resolve_unpublished
 from stoney_rl.rewards.flags import add_reward_flags, check_reward_flags
@@ -115,7 +115,10 @@ def build_parser() -> argparse.ArgumentParser:
     steps.add_argument("--eval_prompts", type=cli.positive_int, default=64, help="held-out prompts that are measured")
     cli.add_saving_flags(steps, held_out="rewards")
     cli.add_trace_flag(steps)
-    cli.add_tracking_flags(parser)
+    cli.add_tracking_flags(
+        parser,
+        {"lora_path": artifacts.ANY_MODEL, "dataset": artifacts.ROWS, "reward_model": artifacts.REWARD_MODELS},
+    )
     return parser
 
 
@@ -163,7 +166,7 @@ def check_args(args: argparse.Namespace, devices: int) -> tuple:
 
 
 def main(argv: list[str] | None = None) -> int | None:
-    args = cli.parse_args(build_parser(), argv)
+    args = cli.parse_stage(build_parser(), argv)
     devices = distributed.world_size() if "RANK" in os.environ else (args.num_gpus or 1 if args.multi_gpu else 1)
     rewards, weights, plan = check_args(args, devices)
     if distributed.is_to_be_launched(args):
@@ -333,7 +336,9 @@ def main(argv: list[str] | None = None) -> int | None:
     distributed.check_same(model=parent_fingerprint["sha256"], dataset=rows.rowset.sha256)
     # What the model's own says of sampling or penalties would be filled in where TRL leaves a field unset.
     model.generation_config = GenerationConfig(eos_token_id=ends, pad_token_id=tokenizer.pad_token_id)
-    tracker = runs.start_tracking("train_grpo", args, partial, inputs=[start.name, args.dataset or rows.rowset.source])
+    tracker = runs.start_tracking(
+        "train_grpo", args, partial, model=start.name, data=rows.describe(), also=[args.reward_model]
+    )
 
     # 4. The trainer, and what will happen.
     trainer = grpo.GroupTrainer(
@@ -444,7 +449,7 @@ def main(argv: list[str] | None = None) -> int | None:
                 "sharing_difference": trainer.sharing_difference,
             },
             reward={"functions": named, "weights": weights, "problems": problems},
-            wandb={"run_id": tracker.run_id, "group": tracker.group, "url": tracker.url},
+            wandb=tracker.record,
             identity=identity,
         )
         text = f"{output.name}: {named}, seed {args.seed}, from {start.name}\n{policy.as_text(comparison)}"

@@ -21,7 +21,7 @@ import os
 import time
 from pathlib import Path
 
-from stoney_rl import checkpoints, cli, distributed, runs, tracking
+from stoney_rl import artifacts, checkpoints, cli, distributed, runs, tracking
 from stoney_rl.errors import StoneyError
 from stoney_rl.models import DEFAULT_MODEL, check_4bit, find_model, resolve_unpublished
 
@@ -107,7 +107,7 @@ def build_parser(doc: str = __doc__, *, accumulation: int = 4) -> argparse.Argum
     steps.add_argument("--early_stopping_patience", type=cli.positive_int,
                        help="stop after this many held-out losses without a new best, and keep the best")  # fmt: skip
     cli.add_trace_flag(steps)
-    cli.add_tracking_flags(parser)
+    cli.add_tracking_flags(parser, {"model": artifacts.WHOLE_MODELS, "dataset": artifacts.ROWS})
     return parser
 
 
@@ -143,7 +143,7 @@ def check_args(args: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> int | None:
-    args = cli.parse_args(build_parser(), argv)
+    args = cli.parse_stage(build_parser(), argv)
     check_args(args)
     if distributed.is_to_be_launched(args):
         return distributed.relaunch_on_gpus(__file__, args, argv)
@@ -273,7 +273,7 @@ def train(args: argparse.Namespace) -> None:
     )
     parent_fingerprint = checkpoints.check_fingerprint(Path(source.name), model)
     distributed.check_same(model=parent_fingerprint["sha256"], dataset=rows.rowset.sha256)
-    tracker = runs.start_tracking("train_lora", args, partial, inputs=[source.name, args.dataset])
+    tracker = runs.start_tracking("train_lora", args, partial, model=source.name, data=rows.describe())
 
     # 3. Train.
     trainer = training.AnswerTrainer(
@@ -321,7 +321,7 @@ def train(args: argparse.Namespace) -> None:
             data=rows.describe(),
             precision=str(precision),
             training={"steps": trainer.state.global_step, "eval_loss": final_loss, "seconds": round(seconds, 1)},
-            wandb={"run_id": tracker.run_id, "group": tracker.group, "url": tracker.url},
+            wandb=tracker.record,
             identity=identity,
         )
         checkpoints.write_json(partial / corpus.SPLIT_FILE, rows.training_record())

@@ -40,7 +40,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int | None:
-    args = cli.parse_args(build_parser(), argv)
+    args = cli.parse_stage(build_parser(), argv)
     if not (args.global_batch_size or args.gradient_accumulation_steps):
         args.gradient_accumulation_steps = ACCUMULATION
     train_lora.check_args(args)

@@ -25,7 +25,7 @@ import statistics
 import time
 from pathlib import Path
 
-from stoney_rl import checkpoints, cli, prepared, runs, tracking
+from stoney_rl import artifacts, checkpoints, cli, prepared, runs, tracking
 from stoney_rl.errors import StoneyError
 from stoney_rl.models import DEFAULT_MODEL, find_model, resolve_unpublished
 
@@ -78,7 +78,7 @@ def build_parser() -> argparse.ArgumentParser:
     steps = parser.add_argument_group("logging, evaluation and saving")
     cli.add_saving_flags(steps, held_out="losses")
     steps.add_argument("--resamples", type=cli.positive_int, default=2000, help="bootstrap resamples of the test pairs")
-    cli.add_tracking_flags(parser)
+    cli.add_tracking_flags(parser, {"model": artifacts.WHOLE_MODELS, "dataset": artifacts.ROWS})
     return parser
 
 
@@ -111,7 +111,7 @@ def check_args(args: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = cli.parse_args(build_parser(), argv)
+    args = cli.parse_stage(build_parser(), argv)
     check_args(args)
     tracking.load_env()
     os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # TRL refuses DataParallel
@@ -203,7 +203,7 @@ def main(argv: list[str] | None = None) -> None:
     set_seed(args.seed)
     model = reward_model.load_scorer(source, precision.weights, attn_implementation=args.attn_implementation)
     model.score.float()
-    tracker = runs.start_tracking("train_reward_model", args, partial, inputs=[source.name, args.dataset])
+    tracker = runs.start_tracking("train_reward_model", args, partial, model=source.name, data=pairs.describe())
 
     # 3. Train.
     trainer = reward_model.pair_trainer()(
@@ -249,7 +249,6 @@ def main(argv: list[str] | None = None) -> None:
         tested = [pairs.test[one["index"]] for one in test_set]
         groups = measure(tested, chosen, rejected, pairs.seen, args)
         headline = next(iter(groups))
-        run = {"run_id": tracker.run_id, "group": tracker.group, "url": tracker.url}
         results = {"headline": headline, "groups": groups, "pairs_sha256": pairs.sha256}
         checkpoints.write_json(
             work / checkpoints.STAGE_FILE,
@@ -272,7 +271,7 @@ def main(argv: list[str] | None = None) -> None:
                 accuracy=groups[headline]["accuracy"],
                 kind="reward model",
                 fingerprint=fingerprint,
-                wandb=run,
+                wandb=tracker.record,
                 identity=identity,
             ),
         )
@@ -305,7 +304,7 @@ def main(argv: list[str] | None = None) -> None:
     kinds = groups[headline]["kinds"].items()
     tracker.table("kinds", columns, [[kind, e["n"], e["value"], e["low"], e["high"]] for kind, e in kinds])
     tracker.image("results", output / PLOT_FILE)
-    tracker.artifact(output.name, "model", str(output), exclude=(PREDICTIONS_FILE, "quarantine.jsonl"))
+    tracker.artifact(output.name, "reward_model", str(output), exclude=(PREDICTIONS_FILE, "quarantine.jsonl"))
     tracker.finish()
 
 

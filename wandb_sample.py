@@ -4,6 +4,10 @@ them back.
     python wandb_sample.py
     python wandb_sample.py --wandb_mode offline
     python wandb_sample.py --wandb_project my-project --timeout 60
+    python wandb_sample.py --sync                # upload the runs that wait here, and link them to their inputs
+
+With --sync it sends no sample: it uploads what offline, interrupted and killed runs left under ./wandb (or WANDB_DIR, or
+the folder given), in order of time, and then declares which artifacts each run used, which offline runs cannot do.
 
 Reads WANDB_API_KEY and the other variables of .env.example, from the environment or from .env; prints where a key was
 found, never the key. Writes one small run: at W&B, or under ./wandb (or WANDB_DIR) if offline.
@@ -20,15 +24,12 @@ import argparse
 import hashlib
 import json
 import secrets
-import struct
 import sys
 import time
-import zlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from stoney_rl import cli, tracking
+from stoney_rl import cli, offline, tracking
 
 EXIT_NO_KEY = 3
 EXIT_NO_SERVER = 4
@@ -41,12 +42,15 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--timeout", type=cli.positive_float, default=30.0, help="seconds to wait for the server, and for what was sent"
     )
+    parser.add_argument("--sync", nargs="?", const="", metavar="FOLDER", help="upload the runs that wait in FOLDER")
     cli.add_tracking_flags(parser)
     return parser
 
 
 def main(argv: list[str] | None = None) -> int:
     args = cli.parse_args(build_parser(), argv)
+    if args.sync is not None:
+        return sync(args)
     tracker = tracking.start_stage("wandb_sample", args, name="wandb_sample", timeout=args.timeout)
     refused = tracker.failures["start"] > 0
     show("mode", f"{tracker.mode} ({tracker.reason})")
@@ -87,6 +91,25 @@ def main(argv: list[str] | None = None) -> int:
     if refused:
         return EXIT_NO_SERVER
     return EXIT_NO_KEY if tracking.NO_KEY in tracker.reason else 0
+
+
+def sync(args: argparse.Namespace) -> int:
+    """Upload and link what waits in --sync's folder; the exit code."""
+    import wandb
+
+    folder = Path(args.sync) if args.sync else tracking.wandb_root() / "wandb"
+    server = tracking.find_server(args.wandb_entity, args.wandb_project)
+    if not server.key_place:
+        print(tracking.NO_KEY)
+        return EXIT_NO_KEY
+    state, detail = tracking.knock(server.base_url, server.key, args.timeout) if server.key else ("unclear", "")
+    if state in ("down", "refused"):
+        print(detail)
+        return EXIT_NO_SERVER
+    api = wandb.Api({"base_url": server.base_url}, api_key=server.key or None, timeout=max(1, round(args.timeout)))
+    problems = offline.sync(folder, api)
+    print(*problems or [f"{folder}: nothing is left to upload"], sep="\n")
+    return EXIT_MISSING if problems else 0
 
 
 def show(what: str, text: str | None) -> None:
@@ -167,7 +190,7 @@ def written(tracker: tracking.Tracker, mark: str) -> dict[str, str]:
     logged: dict[tuple[str, ...], list[Any]] = {}
     artifacts = []
     try:
-        for record in offline_records(tracker.directory / f"run-{tracker.run_id}.wandb"):
+        for record in offline.records(tracker.directory / f"run-{tracker.run_id}.wandb"):
             for item in record.history.item:
                 logged.setdefault(tuple(item.nested_key) or (item.key,), []).append(json.loads(item.value_json))
             if record.artifact.name == ARTIFACT:
@@ -179,40 +202,6 @@ def written(tracker: tracking.Tracker, mark: str) -> dict[str, str]:
     except (OSError, ValueError) as error:
         return dict.fromkeys(("metric", "table", "image", "artifact"), f"{type(error).__name__}: {error}")
     return {what: "not in the run's files" for what, there in good.items() if not there}
-
-
-def offline_records(path: Path) -> Iterator[Any]:
-    """The protobuf records of a .wandb transaction file.
-
-    Its format is LevelDB's log (github.com/google/leveldb/blob/main/doc/log_format.md) behind a 7-byte header: blocks
-    of 32 KiB, chunks of (CRC-32 of what follows but the length 4 bytes, length 2, type 1: whole, first, middle, last).
-    wandb's own process may still be writing: a record whose end is not in the file yet is left out. Raises ValueError
-    for other files, and for a chunk that its checksum does not fit.
-    """
-    from wandb.proto import wandb_internal_pb2
-
-    data = path.read_bytes()
-    if data[:4] != b":W&B":
-        raise ValueError(f"{path} is not a .wandb file")
-    position, partial = 7, b""
-    while position + 7 <= len(data):
-        room = 32768 - position % 32768
-        checksum, length, kind = struct.unpack_from("<IHB", data, position)
-        if room < 7 or kind == 0:
-            position += room
-            continue
-        end = position + 7 + length
-        if end > len(data):
-            return
-        if zlib.crc32(data[position + 6 : end]) != checksum:
-            raise ValueError(f"{path} is damaged: the checksum at byte {position} is wrong")
-        partial += data[position + 7 : end]
-        position = end
-        if kind in (1, 4):
-            record = wandb_internal_pb2.Record()
-            record.ParseFromString(partial)
-            yield record
-            partial = b""
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 
 STAGE_FILE = "stage.json"
+ARTIFACT_FILE = "artifact.json"  # of a directory that was downloaded: which artifact it is
 # Two fp32 computations of the same function differ by rounding alone: merged and adapter logits stay within this.
 LOGIT_TOLERANCE = 1e-5
 _PROBE_SHAPE = (4, 16)
@@ -100,8 +101,8 @@ def describe_stage(stage: str, *, arguments: dict, seed: int | None = None, **fi
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "arguments": arguments,
         "seed": seed,
-        "versions": {"python": sys.version.split()[0]} | {name: metadata.version(name) for name in _VERSIONED},
-        "git_commit": _git_commit(),
+        "versions": versions(),
+        "git_commit": git_commit(),
         **fields,
     }
 
@@ -128,7 +129,13 @@ def weights_id(name: str) -> str | None:
     return digest.hexdigest()
 
 
-def _git_commit() -> str | None:
+def versions() -> dict[str, str]:
+    """Of Python and the libraries that a result depends on."""
+    return {"python": sys.version.split()[0]} | {name: metadata.version(name) for name in _VERSIONED}
+
+
+def git_commit() -> str | None:
+    """Of this code; None where it is not under git."""
     root = Path(__file__).resolve().parent.parent
     try:
         done = subprocess.run(["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5)
@@ -157,10 +164,21 @@ def read_stage(directory: Path) -> dict | None:
 
 
 def tracked(name: str) -> dict:
-    """The W&B run that made the checkpoint directory ``name``: run_id, group, url, artifact; {} for other models."""
-    stage = read_stage(Path(name)) if Path(name).is_dir() else None
-    run = (stage or {}).get("wandb") or {}
-    return run | {"artifact": f"{Path(name).name}:{run['run_id']}"} if run.get("run_id") else run
+    """The W&B run that made the directory ``name``, for a later stage; {} for what was not made under tracking.
+
+    The 'wandb' entry of its record (run_id, group, url, project, entity), and 'artifact', the reference under which
+    ``Tracker.use_artifact`` finds it: of a downloaded artifact its full name, else '<project>/<directory>:<run id>'.
+    """
+    directory = Path(name)
+    if not directory.is_dir():
+        return {}
+    run = (read_stage(directory) or {}).get("wandb") or {}
+    if (directory / ARTIFACT_FILE).exists():
+        return run | {"artifact": json.loads((directory / ARTIFACT_FILE).read_text(encoding="utf-8"))["artifact"]}
+    if not run.get("run_id"):
+        return run
+    project = f"{run['project']}/" if run.get("project") else ""
+    return run | {"artifact": f"{project}{directory.name}:{run['run_id']}"}
 
 
 def locate(name: str, beside: Path) -> str:
@@ -174,7 +192,7 @@ def locate(name: str, beside: Path) -> str:
 
 
 def lineage(directory: Path) -> list[str]:
-    """One line for each ancestor that still exists, youngest first: stage, path, data, fingerprint."""
+    """One line for each ancestor that still exists, youngest first: stage, path, data, fingerprint, page of its run."""
     lines: list[str] = []
     seen: set[Path] = set()
     current: Path | None = Path(directory)
@@ -189,6 +207,8 @@ def lineage(directory: Path) -> list[str]:
             parts.append(f"data {stage['data']['source']} ({stage['data']['sha256'][:8]})")
         if stage.get("fingerprint"):
             parts.append(f"logits {stage['fingerprint']['sha256'][:8]}")
+        if (stage.get("wandb") or {}).get("url"):
+            parts.append(f"run {stage['wandb']['url']}")
         lines.append(", ".join(parts))
         parent = (stage.get("parent") or {}).get("path")
         current = Path(locate(parent, current)) if parent else None

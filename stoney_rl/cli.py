@@ -3,7 +3,7 @@
 import argparse
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from stoney_rl import distributed
@@ -26,6 +26,8 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescrip
 class _Parser(argparse.ArgumentParser):
     """Says what is wrong in one line, without the page of usage in front of it."""
 
+    artifact_inputs: Mapping[str, Sequence[str]] = {}
+
     def error(self, message: str) -> None:
         self.exit(EXIT_BAD_INPUT, f"{self.prog}: error: {message} (--help lists the flags)\n")
 
@@ -39,8 +41,11 @@ def make_parser(doc: str) -> argparse.ArgumentParser:
     return parser
 
 
-def add_tracking_flags(parser: argparse.ArgumentParser) -> None:
-    """Weights & Biases flags, the same in every stage (see ``tracking.start``)."""
+def add_tracking_flags(parser: argparse.ArgumentParser, inputs: Mapping[str, Sequence[str]] | None = None) -> None:
+    """Weights & Biases flags, the same in every stage (see ``tracking.start``).
+
+    ``inputs``: the types of artifact that may stand in for a flag, by its name; ``parse_stage`` fetches them.
+    """
     group = parser.add_argument_group("tracking (Weights & Biases)")
     group.add_argument(
         "--wandb_mode",
@@ -53,6 +58,16 @@ def add_tracking_flags(parser: argparse.ArgumentParser) -> None:
         "--wandb_group", help="groups the runs of one pipeline; default: WANDB_RUN_GROUP, else the parent's"
     )
     group.add_argument("--wandb_name", help="run name; default: the output directory's name")
+    if inputs:
+        parser.artifact_inputs = inputs
+        group.add_argument(
+            "--wandb_artifact",
+            nargs="+",
+            metavar="NAME",
+            help="inputs from W&B, by type: "
+            + "; ".join(f"{' or '.join(types)} as --{flag}" for flag, types in inputs.items())
+            + ". name:alias, name:v3 or entity/project/name:alias",
+        )
 
 
 def add_split_flags(group: argparse._ArgumentGroup, default: str) -> None:
@@ -228,6 +243,20 @@ def parse_args(parser: argparse.ArgumentParser, argv: list[str] | None = None) -
         if given.isdisjoint(action.option_strings):
             tokens += _as_tokens(parser, config_path, action, value)
     return parser.parse_args(tokens + argv)
+
+
+def parse_stage(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> argparse.Namespace:
+    """``parse_args``, with the directories of ``--wandb_artifact`` in the flags that they stand in for.
+
+    Raises ``StoneyError`` for an artifact that can't be had.
+    """
+    args = parse_args(parser, argv)
+    if getattr(args, "wandb_artifact", None):
+        from stoney_rl import artifacts
+
+        defaults = {flag: parser.get_default(flag) for flag in parser.artifact_inputs}
+        artifacts.take(args, parser.artifact_inputs, defaults)
+    return args
 
 
 def _read_yaml(parser: argparse.ArgumentParser, path: str) -> dict:

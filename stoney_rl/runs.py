@@ -191,24 +191,26 @@ def step_of(checkpoint: Path) -> int:
 
 
 def start_tracking(
-    stage: str, args: "argparse.Namespace", partial: Path, *, inputs: Iterable[str]
+    stage: str,
+    args: "argparse.Namespace",
+    partial: Path,
+    *,
+    model: str,
+    data: dict | None,
+    also: Iterable[str | None] = (),
 ) -> "tracking.Tracker":
-    """``tracking.start_stage`` for the run in ``partial``: a resumed run goes on in the W&B run it began.
-
-    ``inputs``: the model and data that the run starts from. Those that were made under tracking are noted as used, and
-    the first of them that has a group gives it.
-    """
+    """``tracking.start_stage`` for the run in ``partial``: a resumed run goes on in the W&B run that it began."""
     before = _read(partial / TRACKING_FILE) or {}
-    made = [checkpoints.tracked(name) for name in inputs]
     tracker = tracking.start_stage(
         stage,
         args,
         name=partial.name.removesuffix(".partial"),
-        group=next((run["group"] for run in (before, *made) if run.get("group")), None),
+        model=model,
+        data=data,
+        also=also,
+        group=before.get("group"),
         resume_id=before.get("run_id"),
     )
-    for run in made:
-        tracker.use_artifact(run.get("artifact"))
     if distributed.is_main():
         checkpoints.write_json(partial / TRACKING_FILE, {"run_id": tracker.run_id, "group": tracker.group})
     return tracker

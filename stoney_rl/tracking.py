@@ -3,7 +3,7 @@
 ``start`` decides the mode (as told; otherwise online if a key is found, else offline), says so in one line, and gives
 a ``Tracker``. Whatever W&B does afterwards (down, slow, refusing, disk full), no method of the tracker raises: the
 first failure of a kind is printed once, all are counted in ``tracker.failures``, and the work goes on. An online run
-that loses its server keeps its data in ``tracker.directory``, as an offline run does; ``wandb sync`` uploads it later.
+that loses its server keeps its data in ``tracker.directory``, as an offline run does; ``offline.sync`` uploads it later.
 
 Nothing that looks like a secret reaches W&B: see ``redact``. Code, git state, console output and the environment are
 not recorded. Files of an artifact are uploaded from where they lie, so they must stay there until they are synced.
@@ -19,20 +19,22 @@ import collections
 import contextlib
 import datetime
 import fnmatch
+import json
 import os
 import queue
 import re
 import secrets
-import shlex
 import shutil
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
+from stoney_rl import checkpoints, offline
 from stoney_rl.errors import StoneyError
 
 if TYPE_CHECKING:
@@ -42,6 +44,13 @@ DEFAULT_PROJECT = "stoney-rl"
 REDACTED = "[redacted]"
 NO_KEY = "no key found: run `wandb login` or set WANDB_API_KEY"
 STEP_KEY = "train/global_step"
+# Artifacts that no later stage starts from. Their type becomes part of their name, as they are often named after a model.
+REPORT_TYPES = ("inspection", "evaluation", "analysis")
+# What every stage's config holds under the same names, None where a stage has no such thing (see ``start_stage``).
+COMMON_CONFIG = (
+    "stage", "model", "dataset", "dataset_revision", "data_sha256", "split_seed", "test_fraction", "validation_fraction",
+    "seed", "git_commit", "versions", "world_size", "parent_runs", "used_artifacts",
+)  # fmt: skip
 
 # Seconds. A server that does not answer a one-line query in KNOCK is not one to wait for; START bounds the whole of an
 # online start; a call that asks the server (a table, an artifact's name) holds training up for CALL at the most.
@@ -51,10 +60,15 @@ CALL_SECONDS = 20.0
 # How long finish() waits for a server that has stopped answering, and for uploads to one that does answer.
 LOST_SECONDS = 60.0
 FINISH_SECONDS = 3600.0
+# How long the server may take to show that a run has ended.
+SHOWN_SECONDS = 30.0
+# A kill loses what was logged in the last so many seconds: wandb's own default, 15, may reach back before a checkpoint.
+FLUSH_SECONDS = 0.1
 
 _active: list["Tracker"] = []
 _MODES = {"online": "online", "run": "online", "offline": "offline", "dryrun": "offline", "disabled": "disabled"}
 _NEVER_UPLOADED = (".env", ".env.*", ".netrc", "_netrc", "*.pem", "id_rsa*", "id_ed25519*", ".git", "__pycache__")
+_WANDB_THREADS = ("wandb-", "NetStatThr")
 _WANDB_HOSTS = ("api.wandb.ai", "api.forge.coreweave.com", "forge.coreweave.com")
 
 
@@ -275,6 +289,41 @@ def _knock(base_url: str, key: str, timeout: float) -> tuple[str, str]:
     return "unclear", f"{base_url} does not say whose key it is"
 
 
+@dataclass(frozen=True)
+class Server:
+    """The W&B server that this process would talk to, and as whom. ``key_place`` and ``key`` are '' without a key;
+    ``settings_mode`` is what wandb's settings say of the mode."""
+
+    base_url: str
+    key_place: str
+    key: str
+    entity: str | None
+    project: str
+    settings_mode: str | None
+
+
+def find_server(entity: str | None = None, project: str | None = None) -> Server:
+    """As told, else by the environment and ``.env``, else by wandb's settings. Raises StoneyError for an unreadable .env."""
+    from_file = load_env()
+    import wandb
+
+    for name in [name for name, value in os.environ.items() if name.startswith("WANDB_") and not value]:
+        del os.environ[name]  # wandb takes an empty WANDB_MODE for a mode
+    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+    if not _active:
+        os.environ.pop("WANDB_SERVICE", None)  # a parent process's own wandb service: it may end before we do
+    settings = wandb.setup(wandb.Settings(silent=True)).settings
+    place, key = find_key(settings.base_url, from_file, settings.api_key)
+    return Server(
+        settings.base_url,
+        place,
+        key,
+        entity or os.environ.get("WANDB_ENTITY") or settings.entity,
+        project or os.environ.get("WANDB_PROJECT") or settings.project or DEFAULT_PROJECT,
+        settings.mode,
+    )
+
+
 # The tracker
 
 
@@ -302,7 +351,7 @@ def start(
     Raises StoneyError for a WANDB_MODE that is no mode or an unreadable .env, before anything was started; nothing
     that W&B does makes it raise.
     """
-    from_file = load_env()
+    load_env()
     config = dict(redact(config)) | {"stage": stage}
     tracker = Tracker(mode="disabled", group=run_group(group), run_id=resume_id)
     if os.environ.get("RANK", "0") not in ("", "0"):
@@ -315,24 +364,17 @@ def start(
     try:
         import wandb
 
-        for name_ in [n for n, value in os.environ.items() if n.startswith("WANDB_") and not value]:
-            del os.environ[name_]  # wandb takes an empty WANDB_MODE for a mode
-        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
-        root = Path(directory or os.environ.get("WANDB_DIR") or ".").absolute()
+        root = wandb_root(directory)
         # Where files wait for their upload: with the run, not in a home directory that may be small or read-only.
         os.environ.setdefault("WANDB_DATA_DIR", str(root / "wandb"))
-        if not _active:
-            os.environ.pop("WANDB_SERVICE", None)  # a parent process's own wandb service: it may end before we do
-        settings = wandb.setup(wandb.Settings(silent=True)).settings
-        tracker.base_url = settings.base_url
-        tracker.key_place, tracker._key = find_key(tracker.base_url, from_file, settings.api_key)
-        chosen, tracker.reason = decide_mode(mode, os.environ, settings.mode, tracker.key_place)
+        server = find_server(entity, project)
+        tracker.base_url, tracker.key_place, tracker._key = server.base_url, server.key_place, server.key
+        chosen, tracker.reason = decide_mode(mode, os.environ, server.settings_mode, server.key_place)
         if chosen == "disabled":
             print(f"tracking: W&B is disabled ({tracker.reason})", flush=True)
             return tracker
         _check_writable(root)
-        tracker.entity = entity or os.environ.get("WANDB_ENTITY") or settings.entity
-        tracker.project = project or os.environ.get("WANDB_PROJECT") or settings.project or DEFAULT_PROJECT
+        tracker.entity, tracker.project = server.entity, server.project
         options = {
             "project": tracker.project,
             "entity": tracker.entity,
@@ -372,22 +414,59 @@ def start_stage(
     args: "argparse.Namespace",
     *,
     name: str,
+    model: str | None = None,
+    data: Mapping[str, Any] | None = None,
+    also: Iterable[str | None] = (),
     group: str | None = None,
     resume_id: str | None = None,
     timeout: float = START_SECONDS,
 ) -> "Tracker":
-    """``start`` with a stage's arguments: its flags (``cli.add_tracking_flags``) win over ``name`` and ``group``."""
-    return start(
+    """``start`` with a stage's arguments, its place in the pipeline and the config that all stages share.
+
+    ``model`` is what the stage starts from, ``data`` the description of its rows (``Corpus.describe``), ``also`` the
+    directories of other inputs. Inputs that were made under tracking are noted as used. The group is --wandb_group, else
+    ``group`` (of the run that is resumed), else WANDB_RUN_GROUP, else that of the first input that has one. --wandb_name
+    wins over ``name``.
+    """
+    data = data or {}
+    made = [checkpoints.tracked(each) for each in (model, data.get("source"), *also) if each]
+    inherited = next((run["group"] for run in made if run.get("group")), None)
+    tracker = start(
         stage,
-        vars(args),
+        vars(args) | _common_config(args, model, data) | {"parent_runs": [_address(run) for run in made if run]},
         mode=args.wandb_mode,
         project=args.wandb_project,
         entity=args.wandb_entity,
-        group=args.wandb_group or group,
+        group=args.wandb_group or group or os.environ.get("WANDB_RUN_GROUP") or inherited,
         name=args.wandb_name or name,
         resume_id=resume_id,
         timeout=timeout,
     )
+    for run in made:
+        tracker.use_artifact(run.get("artifact"))
+    return tracker
+
+
+def _common_config(args: "argparse.Namespace", model: str | None, data: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries of ``COMMON_CONFIG`` that a stage knows before it starts."""
+    return {
+        "model": model,
+        "dataset": data.get("source"),
+        "dataset_revision": data.get("revision"),
+        "data_sha256": data.get("sha256"),
+        **dict.fromkeys(("split_seed", "test_fraction", "validation_fraction")),
+        **(data.get("split") or {}),
+        "seed": getattr(args, "seed", None),
+        "git_commit": checkpoints.git_commit(),
+        "versions": checkpoints.versions(),
+        "world_size": int(os.environ.get("WORLD_SIZE", "1")),
+        "used_artifacts": [],
+    }
+
+
+def _address(run: Mapping[str, Any]) -> str:
+    """Where to find a run that ``checkpoints.tracked`` describes: its page, else its artifact or its id."""
+    return run.get("url") or run.get("artifact") or run.get("run_id") or ""
 
 
 class Tracker:
@@ -414,6 +493,7 @@ class Tracker:
         self._key = ""
         self._used: list[str] = []
         self._artifacts: list[Any] = []
+        self._unlogged: list[dict] = []
         self._worker = _Worker()
         self._finish_limit = FINISH_SECONDS
 
@@ -482,11 +562,13 @@ class Tracker:
 
         ``exclude`` are globs on paths relative to ``path`` ('checkpoint-*' leaves such a folder out); files that keep
         secrets (.env, .netrc, key files, small files that hold a known secret) are always left out. Files are not
-        copied: they must not change until ``finish``, or until ``wandb sync`` if offline.
+        copied: they must not change until ``finish``, or until they are synced if offline.
 
         Returns the reference that ``use_artifact`` of a later stage takes ('name:<run id>', good once uploaded), or
         None if there is none.
         """
+        if type in REPORT_TYPES and type not in name:
+            name = f"{name}-{type}"  # such as analysis/grpo/: W&B refuses a name that another type has
         clean = re.sub(r"[^A-Za-z0-9_.-]+", "-", redact(name)).strip("-") or "artifact"
 
         def send() -> str:
@@ -503,13 +585,17 @@ class Tracker:
             return reference
 
         reference = f"{clean}:{self.run_id}"
+        if self.mode == "online":
+            given = {"name": name, "type": type, "path": str(Path(path).absolute()), "aliases": list(aliases)}
+            self._unlogged.append(given | {"metadata": redact(dict(metadata or {})), "exclude": list(exclude)})
+            self._guard("local files", lambda: offline.mark(self.directory, "unlogged", json.dumps(self._unlogged)))
         return self._in_turn("artifact", send, pending=reference)
 
     def use_artifact(self, name: str | None) -> None:
         """Note that this run was made from an artifact ('name:alias', or 'entity/project/name:alias').
 
         Online it becomes a link in W&B's lineage graph; always it is listed in the config as ``used_artifacts``, which
-        is what an offline run can keep.
+        is what an offline run can keep, and of which ``offline.sync`` makes the link.
         """
         if not name or name in self._used:
             return
@@ -518,6 +604,7 @@ class Tracker:
             "lineage",
             lambda: self._run.config.update({"used_artifacts": redact(list(self._used))}, allow_val_change=True),
         )
+        self._guard("local files", lambda: offline.mark(self.directory, "unlinked"))
         if self.mode == "online":
             self._in_turn("use_artifact", lambda: self._run.use_artifact(name))
 
@@ -537,6 +624,8 @@ class Tracker:
                 for artifact in artifacts:
                     self._attempt("artifact upload", artifact.wait)
             self._attempt("finish", lambda: run.finish(exit_code=exit_code))
+            if self.mode == "online" and not self.failures["finish"]:
+                self._attempt("upload", self._check_shown)
 
         done = self._worker.submit(end)
         began = alive = told = time.monotonic()
@@ -560,15 +649,56 @@ class Tracker:
             _end_service()
             done.wait(5.0)
         self._run = None
-        if self.mode == "online" and (self.failures["finish"] or self.failures["artifact upload"]):
-            print(f"tracking: not all was uploaded; upload what is kept with: {self.sync_command}", flush=True)
         # wandb's own process does not tell when it could not write.
         self._attempt("local files", lambda: _check_room(self.directory))
+        if self.mode == "online":
+            self._attempt("local files", self._mark_what_is_missing)
+        if self.mode != "online":
+            print(
+                f"tracking: this run is kept in {_short(self.directory)}; upload it with: {self.sync_command}",
+                flush=True,
+            )
+        elif any(self.failures[kind] for kind in ("finish", "artifact", "artifact upload", "upload", "use_artifact")):
+            print(f"tracking: not all was uploaded; upload what is kept with: {self.sync_command}", flush=True)
+        else:
+            print(f"tracking: look at {self.url}", flush=True)
+
+    def _mark_what_is_missing(self) -> None:
+        """Leave the marks by which ``offline.sync`` knows what did not get to the server."""
+        missing = {
+            "unsynced": ("finish", "upload"),
+            "unlogged": ("finish", "artifact", "artifact upload", "upload"),
+            "unlinked": ("finish", "use_artifact"),
+        }
+        for name, kinds in missing.items():
+            if not any(self.failures[kind] for kind in kinds):
+                offline.unmark(self.directory, name)
+            elif name == "unsynced":
+                offline.mark(self.directory, name, offline.ENDED)
+
+    def _check_shown(self) -> None:
+        """Raise unless the server knows that the run has ended: wandb gives up on a server that turns it away in
+        mid-run (a quota, a key that was withdrawn), and does not say so."""
+        import wandb
+
+        api = wandb.Api({"base_url": self.base_url}, api_key=self._key or None, timeout=10)
+        deadline = time.monotonic() + SHOWN_SECONDS
+        while api.run(f"{self.entity}/{self.project}/{self.run_id}").state == "running":
+            if time.monotonic() > deadline:
+                raise ConnectionError("the server did not get the end of the run")
+            time.sleep(1.0)
+            api.flush()
+
+    @property
+    def record(self) -> dict[str, str | None]:
+        """What ``stage.json`` keeps of the run, and ``checkpoints.tracked`` gives to later stages."""
+        names = ("run_id", "group", "url", "project", "entity")
+        return {name: getattr(self, name) for name in names}
 
     @property
     def sync_command(self) -> str:
-        """The command that uploads this run's local files."""
-        return f"wandb sync {shlex.quote(_short(self.directory))}" if self.directory else ""
+        """The command that uploads this run, and the others that wait beside it, with their lineage."""
+        return offline.sync_command(self.directory.parent) if self.directory else ""
 
     def callback(self) -> Any:
         """A transformers.TrainerCallback that sends the trainer's logs here; use it with report_to='none'."""
@@ -580,6 +710,10 @@ class Tracker:
             def on_log(self, args: Any, state: Any, control: Any, logs: dict | None = None, **kwargs: Any) -> None:
                 if logs and state.is_world_process_zero:
                     tracker.log({chart_name(key): value for key, value in logs.items()}, state.global_step)
+                    if control.should_save and tracker.mode != "disabled":
+                        time.sleep(
+                            2 * FLUSH_SECONDS
+                        )  # no checkpoint without its history: what comes after it is redone
 
         return TrackerCallback()
 
@@ -599,6 +733,10 @@ class Tracker:
                 self.failures["start"] += 1
                 self.reason = detail
                 return "offline"
+        if options["id"]:
+            self._attempt(
+                "upload of the run's earlier part", lambda: offline.upload_earlier(Path(options["dir"]), options["id"])
+            )
         try:
             self._open(wandb, options, "online", timeout)
         except Exception as error:
@@ -620,6 +758,7 @@ class Tracker:
             "finish_timeout": limit,
             "silent": True,
             "x_disable_meta": any(redact(arg) != arg for arg in sys.argv),
+            "x_transaction_log_flush_interval": FLUSH_SECONDS,
         }
         outcome: list[Any] = []
         abandoned = threading.Event()
@@ -650,6 +789,7 @@ class Tracker:
         self.url = run.url if mode == "online" else None
         self.entity = run.entity or self.entity
         if mode == "online":
+            self._attempt("local files", lambda: offline.mark(self.directory, "unsynced"))
             # wandb asks the server before it logs a table or an artifact. With this answer kept it can do without.
             with contextlib.suppress(Exception):
                 run._public_api()
@@ -749,6 +889,11 @@ def chart_name(key: str) -> str:
     return key if "/" in key else f"train/{key}"
 
 
+def wandb_root(directory: str | Path | None = None) -> Path:
+    """The folder below which wandb keeps its ``wandb/``: as told, else WANDB_DIR, else the working directory."""
+    return Path(directory or os.environ.get("WANDB_DIR") or ".").absolute()
+
+
 def _check_writable(root: Path) -> None:
     """Raise OSError where wandb could not write: it would not say so."""
     place = root / "wandb"
@@ -771,10 +916,10 @@ def _end_service() -> None:
     report = threading.excepthook
 
     def quiet_excepthook(caught: Any) -> None:
-        if caught.thread is None or not caught.thread.name.startswith("wandb-"):
+        if caught.thread is None or not caught.thread.name.startswith(_WANDB_THREADS):
             report(caught)
 
-    if report.__name__ != quiet_excepthook.__name__:
+    if getattr(report, "__name__", "") != quiet_excepthook.__name__:
         threading.excepthook = quiet_excepthook  # wandb's own threads notice that their service is gone
 
     def end() -> None:

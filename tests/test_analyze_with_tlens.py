@@ -104,7 +104,7 @@ def test_page_pictures_and_tables_go_to_wandb_with_the_lineage(models, tmp_path,
     sent = []
 
     class Recorder:
-        run_id, group, url = "run", "group", None
+        run_id, group, record = "run", "group", {"run_id": "run"}
 
         def __getattr__(self, kind):
             return lambda *given, **_: sent.append((kind, *given))
@@ -113,7 +113,7 @@ def test_page_pictures_and_tables_go_to_wandb_with_the_lineage(models, tmp_path,
     output = tmp_path / "out"
     assert analyze_with_tlens.main(arguments(models, output, "--tasks", "attention", compare=())) == 0
     kinds = [kind for kind, *_ in sent]
-    assert kinds[0] == "use_artifact" and kinds[-1] == "finish" and "image" in kinds
+    assert kinds[-1] == "finish" and "image" in kinds
     assert ("html", "report", output / "report.html") in sent
     assert ("artifact", "out", "analysis", str(output)) in sent
     tables = {given[0]: given[2] for kind, *given in sent if kind == "table"}

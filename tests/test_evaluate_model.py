@@ -145,7 +145,15 @@ def fixed_answers(monkeypatch, answer_of):
 def test_the_files_of_an_evaluation(world, finished):
     written = {str(path.relative_to(finished.output)) for path in finished.output.rglob("*") if path.is_file()}
     assert written == {
-        *("results.json", "predictions.jsonl", "lexicon.jsonl", "identity.json", "summary.txt", "errors.html"),
+        *(
+            "results.json",
+            "predictions.jsonl",
+            "lexicon.jsonl",
+            "identity.json",
+            "tracking.json",
+            "summary.txt",
+            "errors.html",
+        ),
         *("results.png", "comparison.png"),
         *("baselines/base/predictions.jsonl", "baselines/retrieval/predictions.jsonl"),
     }

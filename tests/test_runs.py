@@ -91,48 +91,19 @@ def test_what_torchrun_starts_again_goes_on_and_overwrites_nothing(outputs, monk
     assert "continuing after adapter.partial/checkpoint-7" in capsys.readouterr().out
 
 
-@pytest.fixture
-def started(monkeypatch):
-    """Keywords that ``tracking.start_stage`` was called with; the runs are r0, r1, ... without W&B."""
+def test_a_resumed_run_goes_on_in_its_wandb_run(outputs, monkeypatch):
     calls = []
 
-    def start_stage(stage, told, *, group=None, **options):
-        calls.append({"stage": stage, "group": told or group, **options, "used": []})
-        run = types.SimpleNamespace(run_id=f"r{len(calls) - 1}", group=told or group)
-        run.use_artifact = lambda name: calls[-1]["used"].append(name)
-        return run
+    def start_stage(stage, told, *, group, **options):
+        calls.append({"group": told or group, **options})
+        return types.SimpleNamespace(run_id=f"r{len(calls) - 1}", group=told or group)
 
     monkeypatch.setattr(tracking, "start_stage", start_stage)
-    return calls
-
-
-def made(directory, **run):
-    Path(directory).mkdir()
-    checkpoints.write_json(Path(directory) / checkpoints.STAGE_FILE, {"wandb": run} if run else {})
-
-
-def test_a_resumed_run_goes_on_in_its_wandb_run(outputs, started):
-    made("model", run_id="m", group="pipeline")
     partial = begin(outputs)
     for group in ("told", None):  # --wandb_group at the start, and left out at --resume
-        runs.start_tracking("train", group, partial, inputs=["model"])
-    assert [(call["name"], call["group"], call["resume_id"]) for call in started] == [
+        runs.start_tracking("train", group, partial, model="model", data={"source": "rows"})
+    assert [(call["name"], call["group"], call["resume_id"]) for call in calls] == [
         ("adapter", "told", None),
         ("adapter", "told", "r0"),
     ]
-
-
-def test_a_run_joins_its_inputs_group_and_notes_them_as_used(outputs, started):
-    made("base")
-    made("model", run_id="m", group="pipeline")
-    made("prepared", run_id="d", group="other")
-    partial = begin(outputs)
-    runs.start_tracking("train", None, partial, inputs=["model", "prepared"])
-    runs.start_tracking("train", None, begin([Path("second")]), inputs=["base", "prepared"])
-    runs.start_tracking("train", None, begin([Path("third")]), inputs=["base", "owner/name"])
-    assert [call["group"] for call in started] == ["pipeline", "other", None]
-    assert [[name for name in call["used"] if name] for call in started] == [
-        ["model:m", "prepared:d"],
-        ["prepared:d"],
-        [],
-    ]
+    assert calls[0]["model"] == "model" and calls[0]["data"] == {"source": "rows"}

@@ -312,6 +312,8 @@ def fake_wandb(monkeypatch, tmp_path):
 
     fake.init = init
     monkeypatch.setitem(sys.modules, "wandb", fake)
+    shown = types.SimpleNamespace(run=lambda _: types.SimpleNamespace(state="finished"), flush=lambda: None)
+    fake.Api = lambda *_, **__: shown
     monkeypatch.setattr(tracking, "_end_service", lambda: None)
     monkeypatch.setattr(tracking.atexit, "register", lambda _: None)
     monkeypatch.setattr(tracking, "knock", lambda *_: ("ok", "fake"))
@@ -346,7 +348,7 @@ def test_online_init_that_raises_goes_offline(fake_wandb, monkeypatch, capsys):
     tracker = tracking.start("sft", {})
     out = capsys.readouterr().out
     assert tracker.mode == "offline" and tracker.url is None
-    assert out.count("\n") == 1 and "project is read-only" in out and "wandb sync" in out and KEY not in out
+    assert out.count("\n") == 1 and "project is read-only" in out and "wandb_sample.py --sync" in out and KEY not in out
 
 
 def test_init_that_hangs_goes_offline(fake_wandb, monkeypatch):
@@ -464,8 +466,11 @@ def test_callback_sends_the_trainers_logs(fake_wandb):
     tracker = tracking.start("sft", {}, mode="offline")
     callback = tracker.callback()
     state = types.SimpleNamespace(is_world_process_zero=True, global_step=7)
-    callback.on_log(None, state, None, logs={"loss": 0.5, "eval_loss": 0.25, "rewards/chrf": 1.0, "eval_rewards/x": 2})
-    callback.on_log(None, types.SimpleNamespace(is_world_process_zero=False, global_step=8), None, logs={"loss": 1})
+    going_on = types.SimpleNamespace(should_save=False)
+    callback.on_log(
+        None, state, going_on, logs={"loss": 0.5, "eval_loss": 0.25, "rewards/chrf": 1.0, "eval_rewards/x": 2}
+    )
+    callback.on_log(None, types.SimpleNamespace(is_world_process_zero=False, global_step=8), going_on, logs={"loss": 1})
     assert fake_wandb.run.rows == [
         {"train/loss": 0.5, "eval/loss": 0.25, "rewards/chrf": 1.0, "eval/rewards/x": 2, "train/global_step": 7}
     ]
@@ -552,9 +557,8 @@ def test_offline_keeps_everything_but_the_key_and_can_be_synced(tmp_path, stub):
     for _ in range(2):  # the second continues the first
         done = run_script(tmp_path, USE_EVERYTHING, HUB_TOKEN, **env)
         assert done.returncode == 0 and "REFERENCE my-model:myrun {}" in done.stdout, done.stdout + done.stderr
-    line = next(line for line in done.stdout.splitlines() if "wandb sync" in line)
     folders = sorted((tmp_path / "work/wandb").glob("offline-run-*-myrun"))
-    assert len(folders) == 2 and line.endswith(f"wandb sync wandb/{folders[1].name}")
+    assert len(folders) == 2 and done.stdout.count("python wandb_sample.py --sync\n") == 2  # at the start and the end
     assert_no_key_under(tmp_path, KEY)
     assert_no_key_under(tmp_path, HUB_TOKEN)
 
@@ -583,8 +587,8 @@ def test_server_that_fails_at_the_start_means_offline(tmp_path, stub, behaviour,
         print(tracker.mode, dict(tracker.failures))
     """
     done = run_script(tmp_path, body, str(timeout), WANDB_BASE_URL=stub.url, WANDB_API_KEY=KEY)
-    assert done.returncode == 0 and done.stdout.count("tracking:") == 1, done.stdout + done.stderr
-    assert says in done.stdout and "offline {'start': 1}" in done.stdout and "wandb sync" in done.stdout
+    assert done.returncode == 0 and done.stdout.count("tracking:") == 2, done.stdout + done.stderr
+    assert says in done.stdout and "offline {'start': 1}" in done.stdout and "wandb_sample.py --sync" in done.stdout
     assert "Traceback" not in done.stderr
 
 
@@ -613,7 +617,7 @@ def test_artifact_that_the_server_refuses_is_said_at_the_end(tmp_path, stub):
     """
     done = run_script(tmp_path, body, WANDB_BASE_URL=stub.url, WANDB_API_KEY=KEY)
     assert done.returncode == 0 and "{'artifact upload': 1}" in done.stdout, done.stdout + done.stderr
-    assert "artifact upload failed, the run goes on" in done.stdout and "wandb sync wandb/run-" in done.stdout
+    assert "artifact upload failed, the run goes on" in done.stdout and "python wandb_sample.py --sync" in done.stdout
     assert stub.runs["myrun"]["history"][0]["loss"] == 1.0 and stub.runs["myrun"]["exitcode"] == 0
 
 
@@ -646,7 +650,7 @@ def test_server_that_dies_in_mid_run_does_not_hold_up_the_end(tmp_path, stub):
     stub.behaviour = 500
     out, err = process.communicate("\n", timeout=90)
     assert process.returncode == 0 and "Traceback" not in err, err
-    assert "online True" in out and "upload what is kept with: wandb sync wandb/run-" in out, out
+    assert "online True" in out and "upload what is kept with: python wandb_sample.py --sync" in out, out
 
 
 def test_wandbs_process_dying_does_not_end_the_run(tmp_path):

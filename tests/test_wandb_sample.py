@@ -13,6 +13,7 @@ import pytest
 from wandb_stub import WandbStub
 
 import wandb_sample
+from stoney_rl import offline
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 KEY = "plantedkey" * 4  # 40 characters, as wandb wants them
@@ -94,18 +95,18 @@ def test_3_no_key(tmp_path):
     assert done.returncode == 3 and said["key"] == "none found", done.stdout
     assert [said[what] for what in WHAT] == ["written"] * 4
     folder = Path(said["look in"])
-    assert folder.is_dir() and said["upload with"] == f"wandb sync wandb/{folder.name}"
+    assert folder.is_dir() and said["upload with"] == "python wandb_sample.py --sync"
 
 
 @pytest.fixture(scope="module")
-def offline(tmp_path_factory):
+def kept(tmp_path_factory):
     """A finished offline run; its files are to be read only."""
     return sample(tmp_path_factory.mktemp("offline"), "--wandb_mode", "offline")
 
 
-def test_0_offline_was_asked_for(tmp_path, offline):
+def test_0_offline_was_asked_for(tmp_path, kept):
     by_variable = sample(tmp_path, WANDB_MODE="offline", WANDB_API_KEY=KEY)
-    for done in (offline, by_variable):
+    for done in (kept, by_variable):
         assert done.returncode == 0 and [lines(done)[what] for what in WHAT] == ["written"] * 4, done.stdout
 
 
@@ -178,7 +179,7 @@ def test_a_torn_file_gives_the_records_that_are_whole(tmp_path, records):
     lengths = {seam + near for seam in seams for near in range(-12, 13)} | set(range(7, len(data), 997))
     for length in sorted(length for length in lengths if 7 <= length <= len(data)):
         path.write_bytes(data[:length])
-        read = [record.SerializeToString() for record in wandb_sample.offline_records(path)]
+        read = [record.SerializeToString() for record in offline.records(path)]
         assert read == records[: sum(end <= length for end in ends)], f"{length} of {len(data)} bytes"
 
 
@@ -188,15 +189,15 @@ def test_a_damaged_record_is_an_error_and_never_a_wrong_value(tmp_path, records)
     for position in (7, ends[0] - 1, ends[0] + 10, 40_000, ends[2] - 1):  # checksums and payloads
         path.write_bytes(data[:position] + bytes([data[position] ^ 1]) + data[position + 1 :])
         with pytest.raises(ValueError, match=r"run\.wandb is damaged: the checksum at byte \d+ is wrong"):
-            list(wandb_sample.offline_records(path))
+            list(offline.records(path))
     path.write_bytes(b"")
     with pytest.raises(ValueError, match=r"run\.wandb is not a \.wandb file"):
-        list(wandb_sample.offline_records(path))
+        list(offline.records(path))
 
 
-def test_a_real_runs_file_says_more_the_more_of_it_is_there(tmp_path, offline):
+def test_a_real_runs_file_says_more_the_more_of_it_is_there(tmp_path, kept):
     folder = tmp_path / "run"
-    shutil.copytree(lines(offline)["look in"], folder)
+    shutil.copytree(lines(kept)["look in"], folder)
     (path,) = folder.glob("run-*.wandb")
     mark = (folder / "sample/note.txt").read_text(encoding="utf-8").split()[-1]
     tracker = types.SimpleNamespace(directory=folder, run_id=path.stem.removeprefix("run-"))

@@ -3,7 +3,8 @@ filled, finished and read back by the real client. Written against wandb 0.31.0.
 
 ``WandbStub().start()`` gives a server whose ``url`` goes into WANDB_BASE_URL. ``behaviour`` can be changed while it
 runs: 'ok'; an HTTP status (401, 500, ...) for every request; 'hang', which accepts and never answers; 'drop files',
-which takes uploads and forgets them. ``operations_say`` gives single GraphQL operations a status or 'hang'.
+which takes uploads and forgets them. ``operations_say`` gives single GraphQL operations a status or 'hang', ``storage_says``
+single files, by the end of their path, ``stream_says`` what is logged; ``delay`` is what every answer takes, in seconds. A stopped server can be started again, on the same port, with what it had.
 """
 
 import base64
@@ -21,7 +22,11 @@ class WandbStub:
     def __init__(self, behaviour: str | int = "ok", verbose: bool = False) -> None:
         self.behaviour = behaviour
         self.operations_say: dict[str, str | int] = {}
+        self.storage_says: dict[str, str | int] = {}
+        self.stream_says: str | int = "ok"
         self.verbose = verbose
+        self.delay = 0.0
+        self.port = 0
         self.runs: dict[str, dict] = {}
         self.artifacts: list[dict] = []
         self.storage: dict[str, bytes] = {}
@@ -38,9 +43,11 @@ class WandbStub:
         class Handler(_Handler):
             server_stub = stub
 
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.released.clear()
+        self.server = ThreadingHTTPServer(("127.0.0.1", self.port), Handler)
         self.server.daemon_threads = True
-        self.url = f"http://127.0.0.1:{self.server.server_port}"
+        self.port = self.server.server_port
+        self.url = f"http://127.0.0.1:{self.port}"
         threading.Thread(target=self.server.serve_forever, args=(0.05,), daemon=True).start()
         return self
 
@@ -372,14 +379,22 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _handle(self) -> None:
         stub = self.server_stub
+        if stub.released.is_set():  # stopped: connections that were kept alive end too
+            self.close_connection = True
+            return
         body = self._body()
         behaviour = stub.behaviour
         if self.path == "/graphql" and behaviour == "ok":
             behaviour = stub.operations_say.get(_operation(json.loads(body)), behaviour)
+        if self.path.endswith("/file_stream") and behaviour == "ok":
+            behaviour = stub.stream_says
+        if self.path.startswith("/storage/") and behaviour == "ok":
+            behaviour = stub.storage_says.get(self.path.rpartition("/")[2], behaviour)
         if behaviour == "hang":
             stub.released.wait(600)
             self.close_connection = True
             return
+        stub.released.wait(stub.delay)
         if isinstance(behaviour, int):
             self._send(behaviour, b'{"errors": [{"message": "stub says no"}]}')
             return
@@ -438,7 +453,8 @@ class _Handler(BaseHTTPRequestHandler):
         run = stub.run(self.path.split("/")[-2])
         for name, chunk in (request.get("files") or {}).items():
             if name == "wandb-history.jsonl":
-                run["history"] += [json.loads(line) for line in chunk["content"]]
+                lines = [json.loads(line) for line in chunk["content"]]
+                run["history"][chunk["offset"] : chunk["offset"] + len(lines)] = lines
             elif name == "wandb-summary.json":
                 run["summary"] = json.loads(chunk["content"][-1])
         if request.get("complete"):
