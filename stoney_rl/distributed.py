@@ -68,7 +68,7 @@ def check_flags(args: "argparse.Namespace", problems: "cli.Problems") -> None:
             problems.add(f"--{flag}: only with --multi_gpu (torchrun has a flag of its own for it)")
     if args.fsdp and args.deepspeed:
         problems.add("--fsdp and --deepspeed: two ways to shard one model; give only one")
-    if (args.fsdp or args.deepspeed) and world_size() == 1 and not args.multi_gpu:
+    if (args.fsdp or args.deepspeed) and "RANK" not in os.environ and not args.multi_gpu:
         problems.add("--fsdp and --deepspeed shard a model over several processes; add --multi_gpu, or use torchrun")
     if args.deepspeed:
         from importlib.util import find_spec
