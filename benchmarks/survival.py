@@ -35,6 +35,7 @@ from stoney_rl import checkpoints, cli
 from stoney_rl.errors import StoneyError
 
 ROOT = Path(__file__).resolve().parent.parent
+PYTHON = sys.executable
 SAVE_STEPS, FAULT_STEP = 10, 36  # every fault comes between two checkpoints
 TINY = (
     *("--model", "base", "--dataset", "rows.jsonl", "--test_fraction", "0.2", "--validation_fraction", "0.1"),
@@ -156,7 +157,7 @@ def free_port() -> int:
 
 
 def one_process() -> list[str]:
-    return [sys.executable, str(ROOT / "train_lora.py"), "--batch_size", "4"]
+    return [PYTHON, str(ROOT / "train_lora.py"), "--batch_size", "4"]
 
 
 def two_processes(*options: str) -> list[str]:
@@ -285,7 +286,9 @@ def lost_disk(run: Run) -> str:
 def full_disk(run: Run) -> str:
     # Larger than any file of a checkpoint but the optimizer's, so that half a checkpoint has been written by then.
     limit = 20_000
-    run.start(*one_process(), preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
+    run.start(
+        sys.executable, *one_process()[1:], preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    )
     if run.end() != [cli.EXIT_BAD_INPUT] or "can't be written" not in run.printed():
         raise StoneyError(f"a full disk was not told: {run.printed()[-500:]}")
     left = [path.name for path in (run.folder / "run_ckpt.partial").iterdir() if path.name.startswith("checkpoint-")]

@@ -1,6 +1,7 @@
 """How the suite runs: whole, in parallel, one thread a process; chosen tests, in the process that was started."""
 
 import os
+from pathlib import Path
 
 import pytest
 
@@ -14,3 +15,14 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     if config.args_source is not pytest.Config.ArgsSource.TESTPATHS:
         return 0
     return min(4, os.cpu_count() or 1)
+
+
+@pytest.fixture(scope="session")
+def warm_python():
+    """A program ``python`` that has the slow libraries loaded: see ``warm``. One of each worker."""
+    import tempfile
+
+    import warm
+
+    with tempfile.TemporaryDirectory() as directory, warm.start(Path(directory)) as program:  # a socket's path is short
+        yield program

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import tiny
 
-from benchmarks import evaluate, interp, matmul, measure, sft
+from benchmarks import evaluate, interp, matmul, measure, scaling, sft, survival
 from stoney_rl.errors import StoneyError
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -371,3 +371,55 @@ def test_what_interp_compares_must_be_there(tmp_path):
     ):
         with pytest.raises(StoneyError, match=message):
             interp.main([*given, *more])
+
+
+# scaling.py and survival.py; whole runs are in test_distributed.py
+
+
+def finished(folder, *, seconds, losses, weight=1.0):
+    import torch
+    from safetensors.torch import save_file
+
+    for name in ("run_ckpt", "run_merged"):
+        (folder / name).mkdir(parents=True)
+    history = [{"step": step, "loss": loss} for step, loss in enumerate(losses, start=1)]
+    (folder / "run_ckpt" / "trainer_state.json").write_text(json.dumps({"log_history": [*history, {"step": 9}]}))
+    (folder / "run_ckpt" / "stage.json").write_text(json.dumps({"training": {"seconds": seconds}}))
+    save_file({"weight": torch.full((3,), weight)}, folder / "run_merged" / "model.safetensors")
+    return survival.Run(folder, len(losses))
+
+
+def test_efficiency_is_the_time_of_one_over_twice_that_of_two(tmp_path):
+    alone = finished(tmp_path / "one", seconds=12.0, losses=[3.0, 2.0])
+    both = finished(tmp_path / "two", seconds=8.0, losses=[3.0, 2.25], weight=1.5)
+    row = scaling.compare("two processes", both, alone)
+    assert (row["speedup"], row["efficiency"]) == (1.5, 0.75)
+    assert (row["loss_difference"], row["weight_difference"]) == (0.25, 0.5)
+    assert scaling.compare("one process", alone, alone)["efficiency"] == 1
+
+
+def test_a_run_that_did_not_end_or_made_other_updates_is_not_the_same(tmp_path):
+    whole = finished(tmp_path / "whole", seconds=1, losses=[3.0, 2.0])
+    shorter = finished(tmp_path / "shorter", seconds=1, losses=[3.0])
+    for other in (shorter.folder, tmp_path / "none"):
+        assert survival.differences(other, whole.folder) == (float("inf"), float("inf"))
+
+
+def test_updates_that_were_trained_twice_are_counted_from_what_was_printed(tmp_path):
+    run = survival.Run(tmp_path, 60)
+    run.logs = [tmp_path / "a", tmp_path / "b"]
+    run.logs[0].write_text(
+        "0/60 [\r 36/60 [00:03<\r 37/60 [\nsays: continuing after run.partial/checkpoint-30\r31/60 ["
+    )
+    assert run.trained_twice() == 7 and run.last_seen() == 37
+    run.logs[1].write_text("continuing after run.partial/checkpoint-31\r32/60 [")
+    assert run.trained_twice() == 7  # nothing was lost the second time
+
+
+def test_what_scaling_and_survival_refuse(tmp_path):
+    with pytest.raises(StoneyError, match="a multiple of 8"):
+        scaling.main(["--global_batch_size", "12"])
+    with pytest.raises(StoneyError, match="--model nowhere: not there"):
+        scaling.main(["--model", "nowhere"])
+    with pytest.raises(StoneyError, match="give more than 46"):
+        survival.main(["--steps", "40"])

@@ -19,9 +19,11 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory):
+def undisturbed(tmp_path_factory, warm_python):
     """A run in one process: 42 rows, 16 an update, so that the last update of an epoch has ten."""
-    return survival.prepare(tmp_path_factory.mktemp("runs"), steps=50)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(survival, "PYTHON", warm_python)
+        yield survival.prepare(tmp_path_factory.mktemp("runs"), steps=50)
 
 
 def state(folder):

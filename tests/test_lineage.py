@@ -421,7 +421,7 @@ train_lora.main(sys.argv[1:])
 
 
 @pytest.fixture(scope="module")
-def interrupted(pipeline, tmp_path_factory):
+def interrupted(pipeline, tmp_path_factory, warm_python):
     """(folder, what was printed) of an SFT run that was killed after 5 of 6 steps and resumed, and its evaluation, all
     offline, with secrets in .env."""
     root = tmp_path_factory.mktemp("interrupted")
@@ -436,9 +436,7 @@ def interrupted(pipeline, tmp_path_factory):
            "HF_HUB_OFFLINE": "1"}  # fmt: skip
 
     def run(*command: str) -> subprocess.CompletedProcess:
-        return subprocess.run(
-            [sys.executable, *command], cwd=work, env=env, capture_output=True, text=True, timeout=300
-        )
+        return subprocess.run([warm_python, *command], cwd=work, env=env, capture_output=True, text=True, timeout=300)
 
     sft = ["--model", "base", "--dataset", "prepared", *SFT]
     done = [

@@ -165,7 +165,7 @@ def test_says_where_the_code_is_missing(tmp_path, monkeypatch):
 
 
 @pytest.fixture(scope="session")
-def executed(tmp_path_factory) -> tuple[Path, nbformat.NotebookNode]:
+def executed(tmp_path_factory, warm_python) -> tuple[Path, nbformat.NotebookNode]:
     """The results' folder and the notebook with its outputs: a tiny model, 300 rows, a step or two of each stage."""
     from nbclient import NotebookClient
 
@@ -189,7 +189,7 @@ def executed(tmp_path_factory) -> tuple[Path, nbformat.NotebookNode]:
     given.source += "".join(f"\n{name} = {value!r}" for name, value in changed.items())
     with pytest.MonkeyPatch.context() as patch:
         for name, value in {
-            "PATH": PATH,
+            "PATH": f"{warm_python.parent}:{PATH}",
             "WANDB_MODE": "disabled",
             "HF_HUB_OFFLINE": "1",
             "IPYTHONDIR": str(folder / "ipython"),

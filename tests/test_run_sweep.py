@@ -280,7 +280,7 @@ def wait_for(condition, seconds=60):
 
 
 @pytest.fixture(scope="session")
-def both(tmp_path_factory):
+def both(tmp_path_factory, warm_python):
     """The same file, by `wandb sweep` and `wandb agent` against the stub, and by run_sweep.py: (stub, directory).
 
     The file is the project's own with another model, other rows and a small grid; its command and metric stay.
@@ -301,7 +301,11 @@ def both(tmp_path_factory):
     (directory / "sweep.yaml").write_text(yaml.safe_dump(content), encoding="utf-8")
     (directory / "home").mkdir()
     programs = Path(sys.executable).parent
-    env = {"PATH": f"{programs}:{os.environ['PATH']}", "HOME": str(directory / "home"), "OMP_NUM_THREADS": "1"}
+    env = {
+        "PATH": f"{warm_python.parent}:{programs}:{os.environ['PATH']}",
+        "HOME": str(directory / "home"),
+        "OMP_NUM_THREADS": "1",
+    }
     env |= {"HF_HUB_OFFLINE": "1", "PYTHONDONTWRITEBYTECODE": "1"}
 
     def call(*command, **more):
@@ -311,7 +315,7 @@ def both(tmp_path_factory):
 
     with SweepStub() as stub, ThreadPoolExecutor() as pool:
         account = {"WANDB_BASE_URL": stub.url, "WANDB_API_KEY": "plantedkey" * 4}
-        here = pool.submit(call, sys.executable, str(REPOSITORY / "run_sweep.py"), "sweep.yaml", WANDB_MODE="disabled")
+        here = pool.submit(call, warm_python, str(REPOSITORY / "run_sweep.py"), "sweep.yaml", WANDB_MODE="disabled")
         said = call("wandb", "sweep", "sweep.yaml", **account)
         agent = re.search(r"wandb agent (\S+/stoney-rl/\S+)", said)[1]
         call("wandb", "agent", agent, **account)

@@ -796,10 +796,10 @@ def test_an_unfinished_run_is_neither_lost_nor_mixed_with_another(unfinished):
 
 
 @pytest.mark.slow
-def test_resume_in_a_new_process_with_other_saving_and_logging(unfinished, trained):
+def test_resume_in_a_new_process_with_other_saving_and_logging(unfinished, trained, warm_python):
     """What changes no result may differ; and the command line does the same as ``main``."""
     argv = [*ARGUMENTS, "--output_dir", "run_ckpt", "--resume", "--save_steps", "3"]
-    done = subprocess.run([sys.executable, REPOSITORY / "train_lora.py", *argv], capture_output=True, text=True)
+    done = subprocess.run([warm_python, REPOSITORY / "train_lora.py", *argv], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     assert curve("run_ckpt") == curve(trained / "run_ckpt")
     assert same_adapter("run_ckpt", trained / "run_ckpt")
