@@ -39,7 +39,7 @@ PYTHON = sys.executable
 SAVE_STEPS, FAULT_STEP = 10, 36  # every fault comes between two checkpoints
 TINY = (
     *("--model", "base", "--dataset", "rows.jsonl", "--test_fraction", "0.2", "--validation_fraction", "0.1"),
-    *("--global_batch_size", "16", "--learning_rate", "1e-2", "--lora_rank", "4"),
+    *("--global_batch_size", "16", "--learning_rate", "1e-3", "--lora_rank", "4"),
 )
 SAME = ("--eval_steps", "0", "--dtype", "fp32", "--output_dir", "run_ckpt", "--wandb_mode", "disabled")
 PATIENCE = 240  # seconds that any part of a fault may take

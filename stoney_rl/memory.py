@@ -229,7 +229,7 @@ def merge_bytes(config: "PretrainedConfig") -> int:
     CPU training needs more; on a GPU it is what the run takes of the machine's memory at most. Pages of the mapped weight
     files are resident beside it, until the system wants them back.
     """
-    largest = max(layer.weight.numel() for layer in linear_layers(bare(config.get_text_config(), 1)))
+    largest = max((layer.weight.numel() for layer in linear_layers(bare(config.get_text_config(), 1))), default=0)
     return FP32 * (number_of_weights(config) + 2 * largest)
 
 

@@ -408,6 +408,7 @@ def test_a_run_that_did_not_end_or_made_other_updates_is_not_the_same(tmp_path):
 def test_updates_that_were_trained_twice_are_counted_from_what_was_printed(tmp_path):
     run = survival.Run(tmp_path, 60)
     run.logs = [tmp_path / "a", tmp_path / "b"]
+    run.logs[1].touch()
     run.logs[0].write_text(
         "0/60 [\r 36/60 [00:03<\r 37/60 [\nsays: continuing after run.partial/checkpoint-30\r31/60 ["
     )

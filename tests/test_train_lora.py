@@ -358,6 +358,21 @@ def test_eight_rows_at_once_are_two_rows_four_times(here):
     assert not same_adapter("one_ckpt", "other_ckpt/checkpoint-2", atol=1e-3)
 
 
+def test_twice_the_updates_take_no_more_room(trained, here):
+    """But for the record of the losses; and nothing is left behind that the run does not name."""
+
+    def sizes(directory):
+        files = [path for path in Path(directory).rglob("*") if path.is_file() and "base" not in path.parts]
+        kept = [path for path in files if path.name not in ("rows.jsonl", "trainer_state.json", "identity.json")]
+        return sorted(path.stat().st_size for path in kept if path.name != "stage.json")
+
+    train("--max_steps", "16")
+    assert names(here) == {"base", "rows.jsonl", "run_ckpt", "run_merged"}
+    long, short = sizes("."), sizes(trained)
+    assert len(long) == len(short)
+    assert sum(long) == pytest.approx(sum(short), rel=0.001)
+
+
 def test_early_stopping_keeps_the_best(here):
     # At this rate the model gets worse after a while.
     train("--early_stopping_patience", "1", "--eval_steps", "1", "--learning_rate", "3", "--max_steps", "30")
