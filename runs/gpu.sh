@@ -1,6 +1,8 @@
 #!/usr/bin/env bash
 # The whole pipeline with its real defaults, on one GPU with 24 GB: DeepSeek-R1-Distill-Qwen-7B on the public rows.
-# Needs: a network, the terms of the dataset accepted on its hub page, and, for tracking, a key in .env.
+# Needs: a network, 29 GiB of free RAM for merging, 80 GB of disk, the terms of the dataset accepted on its hub page,
+# and, for tracking, a key in .env. Instructions.txt has the rest. Run it again after any end: what is done is skipped,
+# and what was stopped (exit code 75 after a SIGTERM) goes on from its last checkpoint.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -20,4 +22,7 @@ python train_grpo.py --lora_path stoney_lora_merged --batch_size 64 --group_size
 python evaluate_model.py --model_path stoney_rl_grpo --baseline stoney_lora_merged --baseline retrieval --num_samples 400
 
 # 6. Inside SFT and GRPO: heads, neurons, paths, and what training changed -> analysis/stoney_rl_grpo/
-python analyze_with_tlens.py --model_path stoney_rl_grpo --compare stoney_lora_merged --families lookup lookup_form lookup_english
+#    In bf16 and without models of random weights: fp32, or a second model beside the first, is 28 GiB.
+python analyze_with_tlens.py \
+    --model_path stoney_rl_grpo --compare stoney_lora_merged --families lookup lookup_form lookup_english \
+    --dtype bf16 --random_models 0
