@@ -89,9 +89,9 @@ class WholeCheckpoints:
         finally:
             self._is_saving = False
         self.accelerator.wait_for_everyone()
+        if self.state.best_global_step:
+            self.state.best_model_checkpoint = str(root / f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}")
         if self.args.should_save:
-            if self.state.best_global_step:
-                self.state.best_model_checkpoint = str(root / f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}")
             self.state.save_to_json(str(root / self._SAVING / name / "trainer_state.json"))
             shutil.rmtree(root / name, ignore_errors=True)
             os.rename(root / self._SAVING / name, root / name)
