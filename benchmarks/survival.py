@@ -120,12 +120,13 @@ class Run:
     def trained_twice(self) -> int:
         """Updates that were trained again: the last one seen before each restart, less the one that was resumed from."""
         seen, twice = 0, 0
-        for token in re.finditer(rf"(\d+)/{self.steps} \[|continuing after \S+checkpoint-(\d+)",
-                                 "\n".join(self.printed(at) for at in range(len(self.logs)))):  # fmt: skip
+        printed = "\n".join(self.printed(at) for at in range(len(self.logs)))
+        resumed = r"--resume: (?:continuing after \S+checkpoint-(\d+)|nothing yet)"
+        for token in re.finditer(rf"(\d+)/{self.steps} \[|{resumed}", printed):
             if token[1]:
                 seen = int(token[1])
             elif seen:
-                twice, seen = twice + max(0, seen - int(token[2])), 0
+                twice, seen = twice + max(0, seen - int(token[2] or 0)), 0
         return twice
 
 

@@ -410,11 +410,13 @@ def test_updates_that_were_trained_twice_are_counted_from_what_was_printed(tmp_p
     run.logs = [tmp_path / "a", tmp_path / "b"]
     run.logs[1].touch()
     run.logs[0].write_text(
-        "0/60 [\r 36/60 [00:03<\r 37/60 [\nsays: continuing after run.partial/checkpoint-30\r31/60 ["
+        "0/60 [\r 36/60 [00:03<\r 37/60 [\n--resume: continuing after run.partial/checkpoint-30\r31/60 ["
     )
     assert run.trained_twice() == 7 and run.last_seen() == 37
-    run.logs[1].write_text("continuing after run.partial/checkpoint-31\r32/60 [")
+    run.logs[1].write_text("--resume: continuing after run.partial/checkpoint-31\r32/60 [")
     assert run.trained_twice() == 7  # nothing was lost the second time
+    run.logs[1].write_text("--resume: nothing yet; starting\r32/60 [")
+    assert run.trained_twice() == 7 + 31  # and here all of it
 
 
 def test_what_scaling_and_survival_refuse(tmp_path):
