@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from stoney_rl import cli
 
+ZERO_STAGES = {"zero2": 2, "zero3": 3}
 # Seconds. How long processes wait for one another: the slowest thing that one does alone is to merge a large model.
 PATIENCE = 7200
 # How long torchrun waits for its workers to save after a SIGTERM, before it kills them (its own default is 30).
@@ -77,9 +78,6 @@ def check_flags(args: "argparse.Namespace", problems: "cli.Problems") -> None:
             problems.add("--deepspeed: deepspeed is not installed; pip install deepspeed, or use --fsdp")
         if args.deepspeed not in ZERO_STAGES and not Path(args.deepspeed).is_file():
             problems.add(f"--deepspeed {args.deepspeed}: expected {' or '.join(ZERO_STAGES)}, or a JSON file")
-
-
-ZERO_STAGES = {"zero2": 2, "zero3": 3}
 
 
 def trainer_options(args: "argparse.Namespace", partial: Path) -> dict:

@@ -146,6 +146,7 @@ def setup(args: "argparse.Namespace", *, devices: int = 1, length: int | None = 
             "target_modules": "all-linear" if modules == ["all-linear"] else modules,
         },
         devices=devices,
+        sharding="fsdp" if args.fsdp else args.deepspeed if args.deepspeed in SHARDINGS else "ddp",
     )
 
 

@@ -85,6 +85,18 @@ def test_eager_attention_is_quadratic_in_the_length(config):
         assert kept(length, "eager") - kept(length, "sdpa") == scores - mask - sums
 
 
+@pytest.mark.parametrize(
+    ("flags", "sharding"),
+    [([], "ddp"), (["--fsdp"], "fsdp"), (["--deepspeed", "zero2"], "zero2"), (["--deepspeed", "mine.json"], "ddp")],
+)
+def test_the_flags_say_how_the_model_is_sharded(flags, sharding):
+    import train_lora
+    from stoney_rl import memory
+
+    args = train_lora.build_parser().parse_args(flags)
+    assert memory.setup(args, devices=4).sharding == sharding
+
+
 def test_sharding(config):
     alone = sft_memory(config, given())
     ddp = sft_memory(config, given(devices=4))
