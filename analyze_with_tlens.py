@@ -171,7 +171,7 @@ def main(argv: list[str] | None = None) -> int:
         print((output / SUMMARY_FILE).read_text(encoding="utf-8"))
         print(f"{output}/: analysed with these settings already (--overwrite analyses again)")
         return earlier["exit_code"]
-    partial = runs.open_partial(output, identity, resume=True, overwrite=args.overwrite)
+    partial = runs.open_partial(output, identity, resume=not args.overwrite, overwrite=args.overwrite)
 
     # 3. One model at a time, one task at a time; what was measured before a stop is not measured again.
     model, *others = (source.name for source in sources.values())

@@ -162,7 +162,7 @@ def main(argv: list[str] | None = None) -> int:
         print((output / SUMMARY_FILE).read_text(encoding="utf-8"))
         print(f"{output}/: evaluated with these settings already (--overwrite evaluates again)")
         return 0
-    partial = runs.open_partial(output, identity, resume=True, overwrite=args.overwrite)
+    partial = runs.open_partial(output, identity, resume=not args.overwrite, overwrite=args.overwrite)
     if earlier:
         print(f"{output}/: answered already; only the metrics are computed")
         predictions.copy(output, partial)

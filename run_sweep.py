@@ -24,7 +24,7 @@ import sys
 import time
 from pathlib import Path
 
-from stoney_rl import checkpoints, cli, records, sweep, sweep_report
+from stoney_rl import checkpoints, cli, records, runs, sweep, sweep_report
 from stoney_rl.errors import StoneyError
 
 SWEEP_FILE = "sweep.json"
@@ -117,7 +117,11 @@ def open_output(output: Path, plan: sweep.Sweep, args: argparse.Namespace) -> No
     if output.exists() and any(output.iterdir()):
         if not (output / SWEEP_FILE).is_file():
             raise StoneyError(f"--output_dir: {output} holds something else than a sweep; choose another directory")
-        before = json.loads((output / SWEEP_FILE).read_text(encoding="utf-8"))
+        runs.hold(output)
+        try:
+            before = json.loads((output / SWEEP_FILE).read_text(encoding="utf-8"))
+        except ValueError:
+            before = {}
         differing = [key for key in identity if before.get(key) != identity[key]]
         if differing and not args.overwrite:
             raise StoneyError(
@@ -128,6 +132,7 @@ def open_output(output: Path, plan: sweep.Sweep, args: argparse.Namespace) -> No
             shutil.rmtree(output)
     try:
         output.mkdir(parents=True, exist_ok=True)
+        runs.hold(output)
         checkpoints.write_json(output / SWEEP_FILE, identity)
     except OSError as error:
         raise StoneyError(f"--output_dir: cannot write {output} ({error.strerror}); choose another") from error

@@ -8,7 +8,8 @@
 Every flag but --stage is the stage's own (train_lora.py, train_grpo.py), and so is everything else: what is read, what
 is written, and how a run goes on with --resume. Rank 0 alone writes and tracks; the rows are shared out so that N processes make the same updates as one does with the same
 --global_batch_size. GPUs talk through NCCL, CPUs through gloo; --fsdp and --deepspeed shard the model itself.
-When torchrun starts failed workers again (--max-restarts), they go on from the last checkpoint without being told.
+When torchrun starts failed workers again (--max-restarts; export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for that), they go on
+from the last checkpoint without being told.
 Exit codes of a worker: 0 done, 2 bad input, 75 stopped by SIGTERM and saved: start again with --resume.
 """
 

@@ -14,7 +14,8 @@ stoney_rl_grpo_ckpt/: the adapter, rollouts.jsonl with every completion and what
 report.json, report.txt and report.png. With --trace_every, also <adapter_dir>/trace.jsonl and trace/: what attention
 heads, lens and neurons did while it trained. While it runs, checkpoints are in <adapter_dir>.partial/; after a kill,
 --resume continues from the last one.
-Exit codes: 0 done, 2 bad input or a reward that can be gamed, 130 interrupted.
+Exit codes: 0 done, 2 bad input or a reward that can be gamed, 75 stopped by SIGTERM and saved (--resume goes on),
+130 interrupted.
 """
 
 import argparse

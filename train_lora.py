@@ -11,7 +11,8 @@ with the adapter merged in fp32), both complete checkpoint directories, proven e
 the second out. A run of `wandb agent` writes to sweeps/<sweep>/<run>_ckpt/ unless told otherwise. While it runs,
 its checkpoints are in <output_dir>.partial/; after a kill, --resume continues from the last one. With --trace_every,
 <output_dir>/trace.jsonl and trace/: what attention heads, lens and neurons did while it trained.
-Exit codes: 0 done, 2 bad input, 130 interrupted.
+Exit codes: 0 done, 2 bad input, 75 stopped by SIGTERM and saved (--resume goes on),
+130 interrupted.
 """
 
 import argparse
@@ -180,7 +181,11 @@ def train(args: argparse.Namespace) -> None:
     vars(args).update(rows.split_arguments)
     say(data.describe(rows.rowset))
     output, merged = Path(args.output_dir), Path(args.merged_dir) if args.merge else None
-    identity = runs.identify(vars(args), NOT_IDENTITY, model=source.name, data_sha256=rows.rowset.sha256)
+    accumulation = accumulation_steps(args, world_size)
+    rows_an_update = args.batch_size * world_size * accumulation
+    identity = runs.identify(
+        vars(args), NOT_IDENTITY, model=source.name, data_sha256=rows.rowset.sha256, rows_an_update=rows_an_update
+    )
     partial = runs.begin(
         [output, *([merged] if merged else [])], identity, resume=args.resume, overwrite=args.overwrite
     )
@@ -206,8 +211,7 @@ def train(args: argparse.Namespace) -> None:
     held_out, _ = encode(rows.split.validation[: args.max_eval_rows], tokenizer, ends, args.max_length)
     if not train_set:
         raise StoneyError(f"--max_length {args.max_length}: no row has an answer within it; raise it")
-    accumulation = accumulation_steps(args, world_size)
-    steps_an_epoch = math.ceil(len(train_set) / (args.batch_size * world_size * accumulation))
+    steps_an_epoch = math.ceil(len(train_set) / rows_an_update)
     total_steps = args.max_steps or math.ceil(steps_an_epoch * args.num_train_epochs)
     eval_steps = max(1, total_steps // 5) if args.eval_steps is None else args.eval_steps
     save_steps = args.save_steps or max(1, total_steps // 10)
@@ -216,7 +220,7 @@ def train(args: argparse.Namespace) -> None:
     say(f"rows: {len(train_set)} to train on, {len(held_out)} for the held-out loss; {train_cuts}")
     say(
         f"batch: {args.batch_size} a device x {world_size} device(s) x {accumulation} accumulated = "
-        f"{args.batch_size * world_size * accumulation} rows an update; {total_steps} updates"
+        f"{rows_an_update} rows an update; {total_steps} updates"
     )
     say(
         f"device: {models.device()}, {precision}, gradient checkpointing {'on' if args.gradient_checkpointing else 'off'}"

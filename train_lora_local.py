@@ -10,7 +10,8 @@ Before anything but the model's config is downloaded, it says which device will 
 need, and whether that fits. Where it does not, it ends with what would: --ignore_memory goes on all the same. On a CPU it
 says, once the rows are counted, how long the run will take.
 Reads and writes what train_lora.py does; by default stoney_lora_phi3_local_ckpt/ and stoney_lora_phi3_local_merged/.
-Exit codes: 0 done, 2 bad input or too little memory, 130 interrupted.
+Exit codes: 0 done, 2 bad input or too little memory, 75 stopped by SIGTERM and saved (--resume goes on),
+130 interrupted.
 """
 
 import argparse

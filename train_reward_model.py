@@ -11,7 +11,8 @@ were never trained on.
 Writes --output_dir: a complete reward-model directory (LoRA and the score head merged in fp32), with results.json,
 results.png and the scores of the test pairs. The reward is in [-1, 1]. While it runs, its checkpoints are in
 <output_dir>.partial/; after a kill, --resume continues from the last one.
-Exit codes: 0 done, 2 bad input, 130 interrupted.
+Exit codes: 0 done, 2 bad input, 75 stopped by SIGTERM and saved (--resume goes on),
+130 interrupted.
 """
 
 import argparse

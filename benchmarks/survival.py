@@ -133,7 +133,7 @@ class Run:
 def environment() -> dict[str, str]:
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("WANDB", "TORCHELASTIC", "RANK"))}
     kept["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{kept.get('PATH', '')}"
-    # torch 2.13 shares one store between rounds of a rendezvous, and a node that joins later waits for it in vain.
+    # As Instructions.txt says wherever torchrun may restart: torch 2.13 shares one store between the rounds of a launch.
     return kept | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
 
 

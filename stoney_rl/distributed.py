@@ -16,7 +16,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stoney_rl.errors import StoneyError
+from stoney_rl.errors import Preempted, StoneyError
 
 if TYPE_CHECKING:
     import argparse
@@ -28,6 +28,8 @@ ZERO_STAGES = {"zero2": 2, "zero3": 3}
 PATIENCE = 7200
 # How long torchrun waits for its workers to save after a SIGTERM, before it kills them (its own default is 30).
 SHUTDOWN_SECONDS = 120
+# torch 2.13 lets all rounds of a launch share one store: after a restart processes find the addresses of the dead there.
+OWN_STORE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
@@ -59,7 +61,21 @@ def recorded(main: Callable[[], Any]) -> Callable[[], Any]:
         return main
     from torch.distributed.elastic.multiprocessing.errors import record
 
-    return record(main)
+    told: list[Exception] = []
+
+    def guarded() -> Any:
+        try:
+            return main()
+        except (StoneyError, Preempted) as error:  # a line of their own, no traceback
+            told.append(error)
+
+    def run() -> Any:
+        code = record(guarded)()
+        if told:
+            raise told[0]
+        return code
+
+    return run
 
 
 def check_flags(args: "argparse.Namespace", problems: "cli.Problems") -> None:
@@ -137,6 +153,7 @@ def launch(command: list[str], *, processes: int, max_restarts: int) -> int:
 
     from stoney_rl import cli
 
+    os.environ.setdefault(OWN_STORE, "1")
     options = ["--standalone", f"--nproc_per_node={processes}", f"--max-restarts={max_restarts}",
                f"--shutdown-timeout={SHUTDOWN_SECONDS}"]  # fmt: skip
     sys.stdout.flush()
@@ -167,28 +184,34 @@ def connect(args: "argparse.Namespace") -> None:
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
     PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(seconds=PATIENCE))
+    if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS") or 0) and os.environ.get(OWN_STORE) != "1" and is_main():
+        print(
+            f"torchrun may restart this run, and a restart may hang (torch 2.13): export {OWN_STORE}=1 before torchrun"
+        )
     if (args.fsdp or args.deepspeed) and not torch.cuda.is_available():
         raise StoneyError("--fsdp and --deepspeed: accelerate shards models over GPUs only, and there is none here")
 
 
 def on_main(call: Callable[[], Any]) -> Any:
-    """What ``call`` returns on rank 0, on every rank. If it raises ``StoneyError`` there, the others end with it."""
+    """What ``call`` returns on rank 0, on every rank. If it raises there, the others end too, and leave it the word."""
     if world_size() == 1:
         return call()
     from accelerate.utils import broadcast_object_list
+
+    from stoney_rl import cli
 
     outcome: list = [None, None]
     error = None
     if is_main():
         try:
             outcome[0] = call()
-        except StoneyError as raised:
+        except (StoneyError, OSError) as raised:
             error, outcome[1] = raised, str(raised)
     broadcast_object_list(outcome)
     if error is not None:
         raise error
     if outcome[1] is not None:
-        raise StoneyError(outcome[1])
+        sys.exit(cli.EXIT_BAD_INPUT)
     return outcome[0]
 
 

@@ -71,20 +71,20 @@ def identify(arguments: dict, ignored: set[str], **inputs: object) -> dict:
 def begin(outputs: list[Path], identity: dict, *, resume: bool, overwrite: bool) -> Path | None:
     """Open the working directory of a training run and say whether it starts or continues; None if it is done.
 
-    ``outputs``: what the run writes, its main output first. Processes that torchrun has started again after a failure
-    continue, whatever they were told at first. Of several processes rank 0 decides; a node that does not see its
+    ``outputs``: what the run writes, its main output first. With ``resume`` this very run's unfinished directory goes
+    before whatever stands in the outputs' place: it was begun to replace that. Processes that torchrun has started again
+    after a failure resume, whatever they were told. Of several processes rank 0 decides; a node that does not see its
     directory gets one of its own. Raises ``StoneyError`` as ``is_finished`` and ``open_partial`` do.
     """
     say = print if distributed.is_main() else (lambda *_: None)
-    resume, overwrite = resume or distributed.is_restarted(), overwrite and not distributed.is_restarted()
+    resume = resume or distributed.is_restarted()
 
     def finished() -> bool:
-        if not is_finished(outputs, identity, overwrite=overwrite):
+        if resume and _is_unfinished(partial_directory(outputs[0]), identity):
             return False
-        leftover = partial_directory(outputs[0])
-        if _read(leftover / IDENTITY_FILE) in (None, identity):  # of a kill at the very end
-            shutil.rmtree(leftover, ignore_errors=True)
-        return True
+        if overwrite and distributed.is_restarted() and _holds(outputs, identity):  # it ended, and others failed then
+            return True
+        return is_finished(outputs, identity, overwrite=overwrite)
 
     def opened() -> Path:
         return open_partial(outputs[0], identity, resume=resume, overwrite=overwrite)
@@ -121,7 +121,7 @@ def is_finished(outputs: list[Path], identity: dict, *, overwrite: bool, record:
         return False
     if not outputs[0].exists() and partial_directory(outputs[0]).is_dir():
         return False
-    if len(present) == len(outputs) and (_read(outputs[0] / record) or {}).get("identity") == identity:
+    if _holds(outputs, identity, record):
         return True
     raise StoneyError(f"{present[0]}: holds another run; choose another --output_dir, or --overwrite to replace it")
 
@@ -135,8 +135,8 @@ def open_partial(output: Path, identity: dict, *, resume: bool, overwrite: bool)
     """
     partial = partial_directory(output)
     if partial.exists():
-        _hold(partial)
-        if overwrite or not _holds_work(partial):
+        hold(partial)
+        if not _holds_work(partial) or (overwrite and not (resume and _is_unfinished(partial, identity))):
             shutil.rmtree(partial)
     if partial.exists():
         before = _read(partial / IDENTITY_FILE)
@@ -152,26 +152,26 @@ def open_partial(output: Path, identity: dict, *, resume: bool, overwrite: bool)
         checkpoints.write_json(partial / IDENTITY_FILE, identity)
     except OSError as error:
         raise StoneyError(f"--output_dir: cannot write {partial} ({error.strerror}); choose another") from error
-    _hold(partial)
+    hold(partial)
     return partial
 
 
 _held: dict[Path, int] = {}
 
 
-def _hold(partial: Path) -> None:
-    """Lock the directory for this process, or raise ``StoneyError`` if another one has it: two would spoil each other's."""
-    release(partial)
-    place = os.open(partial, os.O_RDONLY)
+def hold(directory: Path) -> None:
+    """Lock ``directory`` for this process, or raise ``StoneyError`` if another has it: two would spoil each other's work."""
+    release(directory)
+    place = os.open(directory, os.O_RDONLY)
     try:
         fcntl.flock(place, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         os.close(place)
-        raise StoneyError(f"{partial}: another process is writing there; wait for it, end it, or choose another "
+        raise StoneyError(f"{directory}: another process is writing there; wait for it, end it, or choose another "
                           "--output_dir") from error  # fmt: skip
     except OSError:  # a file system without locks
         pass
-    _held[partial.resolve()] = place
+    _held[directory.resolve()] = place
 
 
 def release(partial: Path) -> None:
@@ -214,6 +214,17 @@ def start_tracking(
     if distributed.is_main():
         checkpoints.write_json(partial / TRACKING_FILE, {"run_id": tracker.run_id, "group": tracker.group})
     return tracker
+
+
+def _holds(outputs: list[Path], identity: dict, record: str = checkpoints.STAGE_FILE) -> bool:
+    """Whether all ``outputs`` are there, by the run of that identity."""
+    whole = all(path.exists() for path in outputs)
+    return whole and (_read(outputs[0] / record) or {}).get("identity") == identity
+
+
+def _is_unfinished(partial: Path, identity: dict) -> bool:
+    """Whether ``partial`` holds checkpoints of the run of that identity."""
+    return _holds_work(partial) and _read(partial / IDENTITY_FILE) == identity
 
 
 def _holds_work(partial: Path) -> bool:

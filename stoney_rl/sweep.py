@@ -180,7 +180,7 @@ def _check_parameter(entry: object, *, grid: bool) -> dict:
     if "distribution" not in entry:
         entry = entry | {"distribution": _infer_distribution(entry)}
     kind = entry["distribution"]
-    if kind not in _NEEDED:
+    if not isinstance(kind, str) or kind not in _NEEDED:
         raise ValueError(f"distribution {kind!r} is not known here; known: {', '.join(_NEEDED)}")
     missing = [key for key in _NEEDED[kind] if key not in entry]
     if missing:
@@ -244,6 +244,8 @@ def _check_numbers(entry: dict) -> None:
     kind = entry["distribution"]
     if kind == "int_uniform" and not (_is_int(entry["min"]) and _is_int(entry["max"])):
         raise ValueError("int_uniform: min and max must be integers")
+    if kind.endswith("log_uniform") and max(abs(entry["min"]), abs(entry["max"])) > 700:
+        raise ValueError(f"{kind}: min and max are exponents of e, 700 at most; log_uniform_values takes the values")
     if kind.endswith("log_uniform_values") and entry["min"] <= 0:
         raise ValueError(f"{kind}: min must be above 0")
 
@@ -343,14 +345,15 @@ def _distribution(entry: dict) -> SimpleNamespace:
 
 def load_parser(program: str) -> argparse.ArgumentParser:
     """The parser of a stage script. Raises ``StoneyError`` if the file is none."""
-    if "def build_parser(" not in Path(program).read_text(encoding="utf-8"):  # importing it might start the training
+    text = Path(program).read_text(encoding="utf-8", errors="replace")
+    if "def build_parser(" not in text:  # importing it might start the training
         raise StoneyError(f"{program}: not a stage script, it has no build_parser()")
     spec = importlib.util.spec_from_file_location(Path(program).stem, program)
     try:
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         return module.build_parser()
-    except (ImportError, SyntaxError) as error:
+    except Exception as error:  # whatever the script does
         raise StoneyError(f"{program}: can't be loaded ({' '.join(str(error).split())})") from error
 
 
@@ -370,6 +373,8 @@ def commands(sweep: Sweep, drawn: list[dict], interpreter: str) -> list[list[str
             raise StoneyError(f"{sweep.path}: {name}: {sweep.program} has no flag --{name}{near}")
         if flags[f"--{name}"].dest in ("output_dir", "resume", "overwrite"):
             raise StoneyError(f"{sweep.path}: {name}: each trial gets its own; leave it out")
+        if name in ("help", "config"):
+            raise StoneyError(f"{sweep.path}: {name}: is no hyperparameter; name the flags themselves")
 
     def refuse(message: str) -> None:
         hint = (

@@ -82,6 +82,7 @@ class WholeCheckpoints:
             if type(error) is RuntimeError and not any(writer in str(error) for writer in _TORCH_WRITERS):
                 raise
             free = shutil.disk_usage(root).free / 2**20
+            shutil.rmtree(root / self._SAVING, ignore_errors=True)
             raise StoneyError(
                 f"{root}: checkpoint {self.state.global_step} can't be written ({' '.join(str(error).split())}; {free:,.0f} "
                 "MiB free); make room, then go on with --resume"
@@ -120,7 +121,7 @@ class WholeCheckpoints:
         stop = _SaveAndStop(self.steps_between_resumable)
         self.add_callback(stop)
         output = super().train(*args, **kwargs)
-        if stop.requested:
+        if stop.agreed(self.args):
             raise Preempted(f"stopped by a signal, saved in {root}/checkpoint-{self.state.global_step}; "
                             "the same command with --resume goes on")  # fmt: skip
         return output
@@ -174,11 +175,14 @@ class _SaveAndStop(TrainerCallback):
     def _request(self, *_: object) -> None:
         self.requested = True
 
-    def on_step_end(self, args: object, state: object, control: object, **kwargs: object) -> None:
+    def agreed(self, args: object) -> bool:
+        """Whether any process was asked to stop; all must ask together."""
         if args.world_size > 1:
-            asked = torch.tensor(float(self.requested), device=args.device)
-            self.requested = bool(reduce(asked, "sum"))
-        if self.requested and state.global_step % self.every == 0:
+            self.requested = bool(reduce(torch.tensor(float(self.requested), device=args.device), "sum"))
+        return self.requested
+
+    def on_step_end(self, args: object, state: object, control: object, **kwargs: object) -> None:
+        if self.agreed(args) and state.global_step % self.every == 0:
             control.should_save = True
 
     def on_save(self, args: object, state: object, control: object, **kwargs: object) -> None:

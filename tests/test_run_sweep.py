@@ -18,7 +18,7 @@ import yaml
 from sweep_stub import SweepStub
 
 import run_sweep
-from stoney_rl import data, planted, records
+from stoney_rl import data, planted, records, runs
 from stoney_rl.errors import StoneyError
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -80,7 +80,21 @@ def write(*, rates=(0.1, 0.2, 0.9), ranks=(1,), name="s.yaml", **keys):
 
 
 def run(*argv):
-    run_sweep.main(["s.yaml", "--output_dir", "out", *argv])
+    try:
+        run_sweep.main(["s.yaml", "--output_dir", "out", *argv])
+    finally:
+        runs.release(Path("out"))  # as the end of its process does
+
+
+def test_two_sweeps_do_not_share_a_directory():
+    write()
+    run("--num_runs", "1")
+    runs.hold(Path("out"))
+    code = f"import sys; sys.path.insert(0, {str(REPOSITORY)!r}); import run_sweep; from stoney_rl import cli; cli.run(run_sweep.main)"
+    done = subprocess.run([sys.executable, "-c", code, "s.yaml", "--output_dir", "out"], capture_output=True, text=True)
+    runs.release(Path("out"))
+    assert done.returncode == 2 and "out: another process is writing there" in done.stderr
+    assert list(table()) == [1]
 
 
 def refusal(*argv):

@@ -1,6 +1,7 @@
 """What begins, what continues, what is done already, and the W&B run that a resumed run goes on in."""
 
 import os
+import shutil
 import subprocess
 import sys
 import types
@@ -58,22 +59,28 @@ def test_a_run_begins_continues_and_is_done(outputs, capsys):
         "--resume: continuing after adapter.partial/checkpoint-10",
         "adapter and merged: trained with these arguments on this data already (--overwrite trains again)",
     ]
-    assert not partial.exists()  # a kill between the last rename and the tidying left it
+    assert begin(outputs, resume=True) == partial  # begun to replace what stands there, and not done
 
 
-def test_a_finished_run_clears_away_its_own_leftovers_only(outputs):
-    """--overwrite with other arguments that was interrupted leaves the old output beside the new run's checkpoints."""
+@pytest.mark.parametrize("identity", [IDENTITY, IDENTITY | {"data_sha256": "b"}])
+def test_an_interrupted_overwrite_goes_on_and_the_old_output_stays_until_then(outputs, identity):
+    """Also where the old output is of the same arguments."""
     finish(outputs)
-    other = IDENTITY | {"data_sha256": "b"}
-    checkpoint = begin(outputs, other, overwrite=True) / "checkpoint-1"
+    checkpoint = begin(outputs, identity, overwrite=True) / "checkpoint-1"
     checkpoint.mkdir()
-    assert begin(outputs) is None and checkpoint.is_dir()
+    assert begin(outputs) is None and checkpoint.is_dir()  # what stands there is done
+    for overwrite in (False, True):
+        assert begin(outputs, identity, resume=True, overwrite=overwrite) == checkpoint.parent
+        assert checkpoint.is_dir()
+    assert all(path.is_dir() for path in outputs)
+    begin(outputs, identity, overwrite=True)
+    assert not checkpoint.exists()
 
 
 def test_two_processes_do_not_write_to_one_place(outputs):
     partial = begin(outputs, resume=True)
     (partial / "checkpoint-1").mkdir()
-    code = f"from stoney_rl import runs; from pathlib import Path; runs._hold(Path({str(partial)!r}))"
+    code = f"from stoney_rl import runs; from pathlib import Path; runs.hold(Path({str(partial)!r}))"
     other = [sys.executable, "-c", code]
     refused = subprocess.run(other, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(REPOSITORY)})
     assert "another process is writing there" in refused.stderr and refused.returncode
@@ -89,6 +96,10 @@ def test_what_torchrun_starts_again_goes_on_and_overwrites_nothing(outputs, monk
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     assert begin(outputs, overwrite=True) == partial and (partial / "checkpoint-7").is_dir()
     assert "continuing after adapter.partial/checkpoint-7" in capsys.readouterr().out
+    finish(outputs)
+    assert begin(outputs, overwrite=True) == partial  # the old output is not taken for the new one
+    shutil.rmtree(partial)
+    assert begin(outputs, overwrite=True) is None  # published, and another process failed after that
 
 
 def test_a_resumed_run_goes_on_in_its_wandb_run(outputs, monkeypatch):
