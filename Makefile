@@ -1,5 +1,6 @@
 # make demo   set up, then run the whole pipeline on the embedded default (CPU, no hub, about ten minutes)
 # make test   set up, then run the tests (offline)
+# make test-complete  the same and what takes long: the notebook, every fault, the benchmarks (about twenty-five minutes)
 # make setup  only the virtual environment
 # make check  lint and format check
 # make docker-check  what can be checked of the Docker image without Docker: installs afresh, trains (minutes; a package registry)
@@ -15,7 +16,7 @@ PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 COMET := .venv-comet
 COMET_PIP := $(COMET)/bin/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test setup check format comet docker-check clean-demo
+.PHONY: demo test test-complete setup check format comet docker-check clean-demo
 
 setup: $(READY)
 
@@ -43,8 +44,11 @@ demo: $(READY)
 test: $(READY)
 	@$(VENV)/bin/python -m pytest
 
+test-complete: $(READY)
+	@STONEY_RL_COMPLETE=1 $(VENV)/bin/python -m pytest
+
 docker-check: $(READY)
-	@STONEY_RL_DOCKER_CHECK=1 $(VENV)/bin/python -m pytest -n0 -s tests/test_docker.py
+	@STONEY_RL_COMPLETE=1 STONEY_RL_DOCKER_CHECK=1 $(VENV)/bin/python -m pytest -n0 -s tests/test_docker.py
 
 check: $(READY)
 	@$(VENV)/bin/ruff check .

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import tiny
+from complete import only_complete
 
 from benchmarks import evaluate, interp, matmul, measure, scaling, sft, survival
 from stoney_rl.errors import StoneyError
@@ -272,6 +273,7 @@ def evaluate_tiny(tmp_path, *arguments):
     return json.loads(output.read_text())
 
 
+@only_complete
 @pytest.mark.slow
 def test_evaluate_end_to_end(tmp_path, capsys, environment):
     python = environment(LM_EVAL, lm_eval="0.4.13")
@@ -322,6 +324,7 @@ def test_an_environment_without_lm_eval_or_with_other_libraries_is_refused(tmp_p
         evaluate.check_lm_eval(python)
 
 
+@only_complete
 @pytest.mark.slow
 def test_sft_end_to_end(tmp_path, capsys):
     model, output = tiny.checkpoint(tmp_path / "model"), tmp_path / "sft.json"
@@ -349,6 +352,7 @@ def test_sft_end_to_end(tmp_path, capsys):
 # interp.py
 
 
+@only_complete
 def test_attribution_is_compared_with_patching_on_the_same_pairs(tmp_path, capsys):
     model, output = tiny.checkpoint(tmp_path / "model"), tmp_path / "out.json"
     interp.main(["--model_path", str(model), "--num_pairs", "2", "--threads", "1", "--output", str(output)])

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import tiny
+from complete import only_complete
 
 from benchmarks import survival
 from stoney_rl import cli, distributed
@@ -46,6 +47,7 @@ def test_a_terminated_process_saves_says_so_and_goes_on_from_that_step(undisturb
     assert row["same_result"] and row["updates_trained_twice"] == 0, row
 
 
+@only_complete
 @pytest.mark.slow
 def test_a_full_disk_leaves_no_half_checkpoint(undisturbed):
     assert survival.measure("a full disk", undisturbed)["same_result"]

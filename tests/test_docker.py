@@ -18,6 +18,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
+from complete import only_complete
 from docker.utils import exclude_paths
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -380,6 +381,7 @@ def trained(image, interpreter, owner):
         yield folder, done
 
 
+@only_complete
 def test_it_trains_to_the_end_and_leaves_the_outputs_in_the_folder(trained):
     folder, done = trained
     assert done.returncode == 0, done.stdout + done.stderr
@@ -397,6 +399,7 @@ def test_everything_it_writes_is_the_owners(trained, owner):
     assert all(stat.S_IMODE(path.stat().st_mode) & 0o700 == 0o700 for path in folder.iterdir() if path.is_dir())
 
 
+@only_complete
 def test_the_folders_env_file_is_read_and_its_key_goes_nowhere(trained):
     folder, done = trained
     assert "tracking: W&B offline (WANDB_MODE=offline), group from-the-folder" in done.stdout

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import tiny
+from complete import also_complete
 from wandb_stub import WandbStub
 
 import analyze_with_tlens
@@ -367,11 +368,11 @@ def dies_and_comes_back(stub):
     ("fault", "lost_at_the_end"),
     [
         (down_at_the_start, True),
-        (errors_for_a_while, False),
-        (turned_away_for_a_while, True),
-        pytest.param(slow, False, marks=pytest.mark.slow),
-        pytest.param(errors_to_the_end, True, marks=pytest.mark.slow),
-        pytest.param(dies, True, marks=pytest.mark.slow),
+        also_complete(errors_for_a_while, False),
+        also_complete(turned_away_for_a_while, True),
+        also_complete(slow, False),
+        also_complete(errors_to_the_end, True),
+        also_complete(dies, True),
         pytest.param(dies_and_comes_back, False, marks=pytest.mark.slow),
     ],
 )

@@ -10,6 +10,7 @@ import psutil
 import pytest
 import tiny
 import torch
+from complete import also_complete
 
 from benchmarks import memory as benchmark
 from stoney_rl import memory
@@ -171,7 +172,7 @@ SMALL = {
 }
 
 
-@pytest.mark.parametrize("checkpointing", [True, False])
+@pytest.mark.parametrize("checkpointing", [also_complete(True), False])
 def test_the_prediction_holds_within_a_fifth(checkpointing, tmp_path):
     """A real run in a process of its own, of a model whose memory is well above the libraries' noise."""
     code = f"""

@@ -13,6 +13,7 @@ from pathlib import Path
 import nbformat
 import pytest
 import tiny
+from complete import only_complete
 from test_scripts import assert_parses
 
 from stoney_rl import tracking
@@ -206,6 +207,7 @@ def outputs(executed, name: str) -> list[nbformat.NotebookNode]:
     return next(each for each in executed[1].cells if each.id == name).outputs
 
 
+@only_complete
 @pytest.mark.slow
 def test_every_stage_leaves_its_output(executed):
     results, _ = executed
@@ -226,6 +228,7 @@ def test_every_stage_leaves_its_output(executed):
     assert not list(results.glob("*.partial"))
 
 
+@only_complete
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "pictures", "pages"),
@@ -238,6 +241,7 @@ def test_pictures_and_pages_are_shown(executed, name, pictures, pages):
     assert not any(output.get("name") == "stderr" for output in outputs(executed, name))
 
 
+@only_complete
 @pytest.mark.slow
 def test_what_the_steps_print_is_seen(executed):
     printed = {
@@ -251,6 +255,7 @@ def test_what_the_steps_print_is_seen(executed):
     assert "report.html" in printed["analysis"]
 
 
+@only_complete
 @pytest.mark.slow
 def test_the_pack_leaves_out_the_full_models_alone(executed):
     results, _ = executed

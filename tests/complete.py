@@ -1,0 +1,13 @@
+"""A mark for tests that `make test-complete` runs and `make test`, which should take ten minutes on two cores, does not."""
+
+import os
+
+import pytest
+
+REASON = "takes long: make test-complete runs it"
+only_complete = pytest.mark.skipif(not os.environ.get("STONEY_RL_COMPLETE"), reason=REASON)
+
+
+def also_complete(*values: object) -> object:
+    """``pytest.param`` for a case of a parametrised test that only the complete suite runs."""
+    return pytest.param(*values, marks=only_complete)
