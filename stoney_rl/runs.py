@@ -72,7 +72,7 @@ def begin(outputs: list[Path], identity: dict, *, resume: bool, overwrite: bool)
     """Open the working directory of a training run and say whether it starts or continues; None if it is done.
 
     ``outputs``: what the run writes, its main output first. With ``resume`` this very run's unfinished directory goes
-    before whatever stands in the outputs' place: it was begun to replace that. Processes that torchrun has started again
+    before an older output: it was begun to replace that. Processes that torchrun has started again
     after a failure resume, whatever they were told. Of several processes rank 0 decides; a node that does not see its
     directory gets one of its own. Raises ``StoneyError`` as ``is_finished`` and ``open_partial`` do.
     """
@@ -80,11 +80,18 @@ def begin(outputs: list[Path], identity: dict, *, resume: bool, overwrite: bool)
     resume = resume or distributed.is_restarted()
 
     def finished() -> bool:
-        if resume and _is_unfinished(partial_directory(outputs[0]), identity):
+        partial = partial_directory(outputs[0])
+        done = _holds(outputs, identity) and not _is_newer(partial, outputs[0])
+        if resume and _is_unfinished(partial, identity) and not done:
             return False
-        if overwrite and distributed.is_restarted() and _holds(outputs, identity):  # it ended, and others failed then
+        if overwrite and distributed.is_restarted() and done:  # it ended, and other processes failed after that
             return True
-        return is_finished(outputs, identity, overwrite=overwrite)
+        if not is_finished(outputs, identity, overwrite=overwrite):
+            return False
+        if done and _read(partial / IDENTITY_FILE) == identity:  # of a kill at the very end
+            hold(partial)
+            shutil.rmtree(partial)
+        return True
 
     def opened() -> Path:
         return open_partial(outputs[0], identity, resume=resume, overwrite=overwrite)
@@ -220,6 +227,12 @@ def _holds(outputs: list[Path], identity: dict, record: str = checkpoints.STAGE_
     """Whether all ``outputs`` are there, by the run of that identity."""
     whole = all(path.exists() for path in outputs)
     return whole and (_read(outputs[0] / record) or {}).get("identity") == identity
+
+
+def _is_newer(partial: Path, output: Path) -> bool:
+    """Whether ``partial`` has a checkpoint that was saved after ``output`` was finished."""
+    last = last_checkpoint(partial)
+    return last is not None and last.stat().st_mtime_ns > (output / checkpoints.STAGE_FILE).stat().st_mtime_ns
 
 
 def _is_unfinished(partial: Path, identity: dict) -> bool:
