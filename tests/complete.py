@@ -4,8 +4,8 @@ import os
 
 import pytest
 
-REASON = "takes long: make test-complete runs it"
-only_complete = pytest.mark.skipif(not os.environ.get("STONEY_RL_COMPLETE"), reason=REASON)
+COMPLETE = bool(os.environ.get("STONEY_RL_COMPLETE"))
+only_complete = pytest.mark.skipif(not COMPLETE, reason="takes long: make test-complete runs it")
 
 
 def also_complete(*values: object) -> object:

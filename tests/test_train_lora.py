@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import tiny
+from complete import COMPLETE
 
 import train_lora
 from stoney_rl import checkpoints, corpus, data, models, planted, runs
@@ -662,6 +663,10 @@ KILLS = {
     "early stopping, in a step": ("early stopping", "step", -1, -1),
     "early stopping, after the stop": ("early stopping", "publish", None, 0),
 }
+
+
+if not COMPLETE:  # other orders of the rows and dropout: make test-complete
+    KILLS = {name: kill for name, kill in KILLS.items() if "random order" not in name and name != "in the last save"}
 
 
 @pytest.fixture(scope="module")
