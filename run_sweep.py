@@ -94,7 +94,7 @@ def main(argv: list[str] | None = None) -> None:
 
     # 3. Say what came out.
     summary = sweep_report.as_text(plan, done, commands, wanted=len(drawn))
-    write_text(output / "summary.txt", summary)
+    checkpoints.write_text(output / "summary.txt", summary)
     sweep_report.plot(plan, done, output / "plot.png")
     print("\n" + summary)
     if best is None:
@@ -143,13 +143,6 @@ def open_output(output: Path, plan: sweep.Sweep, args: argparse.Namespace) -> No
 def trial_path(output: Path, number: int, suffix: str = "") -> Path:
     """What belongs to a trial: its --output_dir, or with ``suffix`` a file beside it."""
     return output / f"trial-{number:03d}{suffix}"
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file so that a reader sees the old text or the new one."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
 
 
 def run_trial(output: Path, number: int, command: list[str]) -> dict:
@@ -206,7 +199,7 @@ def tidy(output: Path, plan: sweep.Sweep, done: dict[int, dict], keep: str) -> N
     """Write the table and, to ``keep`` the 'best' model, delete those of the other finished trials; their curves stay."""
     from tqdm import tqdm
 
-    write_text(output / "table.csv", sweep_report.as_csv(plan, done))
+    checkpoints.write_text(output / "table.csv", sweep_report.as_csv(plan, done))
     best = sweep.best(plan, done.values())
     if keep == "all" or best is None:
         return

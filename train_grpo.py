@@ -173,8 +173,6 @@ def main(argv: list[str] | None = None) -> int | None:
     if distributed.is_to_be_launched(args):
         return distributed.relaunch_on_gpus(__file__, args, argv)
     tracking.load_env()
-    if "RANK" not in os.environ:  # TRL refuses DataParallel: without torchrun, one GPU
-        os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
     distributed.connect(args)
     say = print if distributed.is_main() else (lambda *_: None)
 
@@ -240,7 +238,7 @@ def main(argv: list[str] | None = None) -> int | None:
     from transformers import GenerationConfig, set_seed
     from trl import GRPOConfig
 
-    from stoney_rl import grpo, models, policy, preflight, prompts, records, training
+    from stoney_rl import grpo, memory, models, policy, preflight, prompts, records, training
 
     precision = models.choose_precision(args.dtype)
     base = training.merged(start, output.with_name(output.name + "_parent"))
@@ -389,7 +387,7 @@ def main(argv: list[str] | None = None) -> int | None:
         examples = [prompts.encode_example(tokenizer, row.prompt, row.answer, set(ends)) for row in held_out_rows]
         tracer.watch(trainer, examples, partial, every=args.trace_every, seed=args.seed, tracker=tracker)
     longest = max(len(encode(tasks[at].columns["prompts"])) for at in usable)
-    memory = preflight.expected_memory(
+    needed = memory.expected_memory(
         trainer.model,
         plan,
         group_size=args.group_size,
@@ -398,8 +396,8 @@ def main(argv: list[str] | None = None) -> int | None:
         shares_prefixes=trainer.shares_prefixes,
         gradient_checkpointing=args.gradient_checkpointing,
     )
-    say(f"memory: {memory}; {preflight.free_memory() / 2**20:,.0f} MiB are free")
-    if memory.peak > preflight.free_memory():
+    say(f"memory: {needed}; {memory.free_memory() / 2**20:,.0f} MiB are free")
+    if needed.peak > memory.free_memory():
         say("  that may not fit: try a smaller --micro_batch_size or --max_completion_length")
     if args.preflight_prompts and not last_checkpoint and distributed.is_main():
         chosen = random.Random(args.seed).sample(usable, min(args.preflight_prompts, len(usable)))

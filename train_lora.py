@@ -18,7 +18,6 @@ Exit codes: 0 done, 2 bad input, 75 stopped by SIGTERM and saved (--resume goes 
 import argparse
 import gc
 import math
-import os
 import time
 from pathlib import Path
 
@@ -155,8 +154,6 @@ def main(argv: list[str] | None = None) -> int | None:
 def train(args: argparse.Namespace) -> None:
     """The stage, with arguments that ``check_args`` has completed."""
     tracking.load_env()
-    if "RANK" not in os.environ:  # TRL refuses DataParallel: without torchrun, one GPU
-        os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
     distributed.connect(args)
     world_size = distributed.world_size()
     say = print if distributed.is_main() else (lambda *_: None)

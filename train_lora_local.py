@@ -63,7 +63,7 @@ def check_memory(args: argparse.Namespace, *, ignore_memory: bool) -> None:
     from stoney_rl import memory
 
     config = memory.read_config(source.base or source.name, source.revision)
-    world_size = int(os.environ.get("WORLD_SIZE", args.num_gpus or 1))
+    world_size = distributed.world_size()
     setup = memory.setup(args, devices=world_size)
     needed = memory.sft_memory(config, setup)
     print(memory.verdict(needed, setup), flush=True)

@@ -26,7 +26,7 @@ import statistics
 import time
 from pathlib import Path
 
-from stoney_rl import artifacts, checkpoints, cli, prepared, runs, tracking
+from stoney_rl import artifacts, checkpoints, cli, distributed, prepared, runs, tracking
 from stoney_rl.errors import StoneyError
 from stoney_rl.models import DEFAULT_MODEL, find_model, resolve_unpublished
 
@@ -106,7 +106,7 @@ def check_args(args: argparse.Namespace) -> None:
         )
     if args.resamples < 100:
         problems.add(f"--resamples {args.resamples}: expected at least 100; 1,000 to 2,000 are usual")
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if distributed.world_size() > 1:
         problems.add("this stage runs as one process on one GPU; start it without torchrun")
     problems.raise_if_any()
 

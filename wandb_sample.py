@@ -97,7 +97,7 @@ def sync(args: argparse.Namespace) -> int:
     """Upload and link what waits in --sync's folder; the exit code."""
     import wandb
 
-    folder = Path(args.sync) if args.sync else tracking.wandb_root() / "wandb"
+    folder = Path(args.sync) if args.sync else offline.wandb_root() / "wandb"
     server = tracking.find_server(args.wandb_entity, args.wandb_project)
     if not server.key_place:
         print(tracking.NO_KEY)

@@ -31,7 +31,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
-from stoney_rl import checkpoints, cli
+from stoney_rl import checkpoints, cli, distributed
 from stoney_rl.errors import StoneyError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -134,7 +134,7 @@ def environment() -> dict[str, str]:
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("WANDB", "TORCHELASTIC", "RANK"))}
     kept["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{kept.get('PATH', '')}"
     # As Instructions.txt says wherever torchrun may restart: torch 2.13 shares one store between the rounds of a launch.
-    return kept | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    return kept | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", distributed.OWN_STORE: "1"}
 
 
 def wait_until(done: Callable[[], bool], run: Run) -> None:
@@ -207,34 +207,31 @@ def killed_worker(run: Run) -> str:
     return "kill -KILL <worker of rank 1>; torchrun --max-restarts=3"
 
 
-def killed_process(run: Run) -> str:
-    agent = run.start(*one_process())
+def stopped(run: Run, launcher: list[str], number: signal.Signals) -> int:
+    """Send a signal to what ``launcher`` starts, wait for its end, start it again with --resume; the first exit code."""
+    agent = run.start(*launcher)
     run.wait_for(FAULT_STEP)
-    agent.kill()
+    agent.send_signal(number)
     run.end()
-    run.start(*one_process(), "--resume")
+    run.start(*launcher, "--resume")
     run.end()
+    return agent.returncode
+
+
+def killed_process(run: Run) -> str:
+    stopped(run, one_process(), signal.SIGKILL)
     return "kill -KILL <train_lora.py>; again with --resume"
 
 
 def terminated_process(run: Run) -> str:
-    agent = run.start(*one_process())
-    run.wait_for(FAULT_STEP)
-    agent.terminate()
-    if run.end() != [cli.EXIT_RESUME]:
-        raise StoneyError(f"exit code {agent.returncode} after a SIGTERM, expected {cli.EXIT_RESUME}")
-    run.start(*one_process(), "--resume")
-    run.end()
+    code = stopped(run, one_process(), signal.SIGTERM)
+    if code != cli.EXIT_RESUME:
+        raise StoneyError(f"exit code {code} after a SIGTERM, expected {cli.EXIT_RESUME}")
     return f"kill -TERM <train_lora.py>: exit code {cli.EXIT_RESUME}; again with --resume"
 
 
 def terminated_launcher(run: Run) -> str:
-    agent = run.start(*two_processes())
-    run.wait_for(FAULT_STEP)
-    agent.terminate()
-    run.end()
-    run.start(*two_processes(), "--resume")
-    run.end()
+    stopped(run, two_processes(), signal.SIGTERM)
     return "kill -TERM <torchrun>; again with --resume"
 
 

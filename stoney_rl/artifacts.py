@@ -21,7 +21,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from stoney_rl import checkpoints, tracking
+from stoney_rl import checkpoints, distributed, tracking
 from stoney_rl.errors import StoneyError
 
 if TYPE_CHECKING:
@@ -146,7 +146,7 @@ def fetch(
 
 
 def say(line: str) -> None:
-    if os.environ.get("RANK", "0") in ("", "0"):
+    if distributed.is_main():
         print(line, flush=True)
 
 

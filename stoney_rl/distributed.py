@@ -40,7 +40,7 @@ def world_size() -> int:
 
 def is_main() -> bool:
     """Whether this process writes and prints: rank 0 under torchrun, or the only one."""
-    return os.environ.get("RANK", "0") == "0"
+    return (os.environ.get("RANK") or "0") == "0"
 
 
 def who() -> str:
@@ -169,12 +169,14 @@ def launch(command: list[str], *, processes: int, max_restarts: int) -> int:
 
 
 def connect(args: "argparse.Namespace") -> None:
-    """Join the other processes, if there are any. Once joined, this process is told when its torchrun agent dies.
+    """Join the other processes, if there are any; a process of its own keeps to one GPU, as TRL refuses DataParallel.
 
-    It then gets a SIGTERM, on which training saves and ends: an orphan must not go on writing beside its successor.
+    Once joined, this process gets a SIGTERM when its torchrun agent dies, on which training saves and ends: an orphan must
+    not go on writing beside its successor.
     Raises ``StoneyError`` where ``args`` asks for sharding and there is no GPU.
     """
     if "RANK" not in os.environ:
+        os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
         return
     import ctypes
 

@@ -120,9 +120,14 @@ def upload_earlier(root: Path, run_id: str) -> None:
         raise ConnectionError(f"{failed[0].name} is still here; {sync_command(root / 'wandb')} uploads it")
 
 
+def wandb_root(directory: str | Path | None = None) -> Path:
+    """The folder below which wandb keeps its ``wandb/``: as told, else WANDB_DIR, else the working directory."""
+    return Path(directory or os.environ.get("WANDB_DIR") or ".").absolute()
+
+
 def sync_command(folder: Path) -> str:
     """The command that uploads what waits in ``folder``."""
-    default = folder.absolute() == Path(os.environ.get("WANDB_DIR") or ".").absolute() / "wandb"
+    default = folder.absolute() == wandb_root() / "wandb"
     return "python wandb_sample.py --sync" + ("" if default else f" {shlex.quote(str(folder))}")
 
 

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 
 from stoney_rl import memory
 from stoney_rl.errors import StoneyError
-from stoney_rl.memory import Memory, expected_memory, free_memory  # noqa: F401  what train_grpo.py asks for here
 
 if TYPE_CHECKING:
     import argparse

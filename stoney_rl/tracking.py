@@ -34,7 +34,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from stoney_rl import checkpoints, offline
+from stoney_rl import checkpoints, distributed, offline
 from stoney_rl.errors import StoneyError
 
 if TYPE_CHECKING:
@@ -354,7 +354,7 @@ def start(
     load_env()
     config = dict(redact(config)) | {"stage": stage}
     tracker = Tracker(mode="disabled", group=run_group(group), run_id=resume_id)
-    if os.environ.get("RANK", "0") not in ("", "0"):
+    if not distributed.is_main():
         tracker.reason = "only rank 0 tracks"
         return tracker
     told, tracker.reason = decide_mode(mode, os.environ, None, "?")
@@ -364,7 +364,7 @@ def start(
     try:
         import wandb
 
-        root = wandb_root(directory)
+        root = offline.wandb_root(directory)
         # Where files wait for their upload: with the run, not in a home directory that may be small or read-only.
         os.environ.setdefault("WANDB_DATA_DIR", str(root / "wandb"))
         server = find_server(entity, project)
@@ -459,7 +459,7 @@ def _common_config(args: "argparse.Namespace", model: str | None, data: Mapping[
         "seed": getattr(args, "seed", None),
         "git_commit": checkpoints.git_commit(),
         "versions": checkpoints.versions(),
-        "world_size": int(os.environ.get("WORLD_SIZE", "1")),
+        "world_size": distributed.world_size(),
         "used_artifacts": [],
     }
 
@@ -887,11 +887,6 @@ def chart_name(key: str) -> str:
         if key.startswith(section + "_"):
             return f"{section}/{key.removeprefix(section + '_')}"
     return key if "/" in key else f"train/{key}"
-
-
-def wandb_root(directory: str | Path | None = None) -> Path:
-    """The folder below which wandb keeps its ``wandb/``: as told, else WANDB_DIR, else the working directory."""
-    return Path(directory or os.environ.get("WANDB_DIR") or ".").absolute()
 
 
 def _check_writable(root: Path) -> None:

@@ -37,7 +37,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.utils import FusedCausalLMOutput
 
-from stoney_rl import checkpoints, models
+from stoney_rl import checkpoints, models, runs
 from stoney_rl.corpus import SPLIT_FILE
 from stoney_rl.errors import Preempted, StoneyError
 
@@ -146,7 +146,7 @@ class WholeCheckpoints:
         limit = self.args.save_total_limit
         if not limit:
             return
-        steps = sorted(int(path.name.rsplit("-", 1)[1]) for path in root.glob(f"{PREFIX_CHECKPOINT_DIR}-*"))
+        steps = sorted(runs.step_of(path) for path in root.glob(f"{PREFIX_CHECKPOINT_DIR}-*"))
         keep = set(steps[-limit:])
         if self.state.best_global_step:
             keep.add(self.state.best_global_step)

@@ -285,9 +285,10 @@ def test_an_artifact_that_cannot_be_had_is_one_line_and_leaves_nothing(versions,
     versions.behaviour = 401
     refused("tuned", "refuses the key")
     versions.behaviour = "ok"
-    monkeypatch.setattr(artifacts, "STALL_SECONDS", 4.0)
     versions.storage_says["model.safetensors"] = 500  # which the client repeats for half an hour
-    refused("tuned", "did not arrive whole .*nothing came for 4 s")
+    with monkeypatch.context() as patch:
+        patch.setattr(artifacts, "STALL_SECONDS", 4.0)
+        refused("tuned", "did not arrive whole .*nothing came for 4 s")
     versions.storage_says["model.safetensors"] = 404
     refused("tuned", "did not arrive whole")
     versions.storage_says.clear()

@@ -4,7 +4,8 @@ import pytest
 import tiny
 
 from stoney_rl.errors import StoneyError
-from stoney_rl.preflight import BatchPlan, Sampled, expected_memory, plan_batch
+from stoney_rl.memory import expected_memory
+from stoney_rl.preflight import BatchPlan, Sampled, plan_batch
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from stoney_rl import checkpoints
 from stoney_rl.errors import StoneyError
 from stoney_rl.inspection import html
 from stoney_rl.metrics.errors import CLASSES, HIT, MISS, NO_FORM, UNSCORED
@@ -18,10 +19,8 @@ def write(
     """Write ``render`` to ``path``, whole or not at all. Returns the path; raises ``StoneyError`` if it can't."""
     path = Path(path)
     page = render(answers, errors, title=title)
-    partial = path.with_name(f".{path.name}.partial")
     try:
-        partial.write_text(page, encoding="utf-8")
-        partial.replace(path)
+        checkpoints.write_text(path, page)
     except OSError as error:
         raise StoneyError(f"error page: can't write {path}: {error.strerror}; choose a folder that exists") from error
     return path
