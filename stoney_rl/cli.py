@@ -335,4 +335,5 @@ def run(main: Callable[[], int | None]) -> None:
     except BrokenPipeError:  # the reader of our output, such as `head`, has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
+    distributed.leave(code)
     sys.exit(code)

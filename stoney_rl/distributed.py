@@ -194,6 +194,19 @@ def connect(args: "argparse.Namespace") -> None:
         raise StoneyError("--fsdp and --deepspeed: accelerate shards models over GPUs only, and there is none here")
 
 
+def leave(code: int | None) -> None:
+    """Part from the other processes before this one ends with ``code``: connections that are torn down with the
+    interpreter can abort it, and then the code is lost. After a failure NCCL is left alone, which would wait for the rest.
+    """
+    if "RANK" not in os.environ or "torch" not in sys.modules:
+        return
+    from torch import distributed
+
+    if distributed.is_available() and distributed.is_initialized():
+        if not code or distributed.get_backend() == "gloo":
+            distributed.destroy_process_group()
+
+
 def on_main(call: Callable[[], Any]) -> Any:
     """What ``call`` returns on rank 0, on every rank. If it raises there, the others end too, and leave it the word."""
     if world_size() == 1:
