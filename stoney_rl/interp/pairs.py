@@ -139,17 +139,34 @@ def make_pair(
     two answers in alphabetical order, unless given. Raises ``UnfitPairError`` if the prompts differ in their number of
     tokens, are the same, or lead to other tokens for the same answer.
     """
-    encode = _chat_encoder(tokenizer) if chat else _text_encoder(tokenizer)
+    encode = _chat_encoder(tokenizer) if chat else text_encoder(tokenizer)
     clean_ids, answer_ids = encode(clean, answer)
     corrupt_ids, wrong_ids = encode(corrupt, wrong)
-    if len(clean_ids) != len(corrupt_ids):
-        raise UnfitPairError(f"the clean prompt has {len(clean_ids)} tokens, the corrupt one {len(corrupt_ids)}")
-    if clean_ids == corrupt_ids:
-        raise UnfitPairError("the clean and the corrupt prompt are the same")
-    if answer_ids == wrong_ids:
-        raise UnfitPairError("the answers are the same tokens")
     if encode(clean, wrong)[1] != wrong_ids or encode(corrupt, answer)[1] != answer_ids:
         raise UnfitPairError("an answer has other tokens behind the clean prompt than behind the corrupt one")
+    return pair_of_ids(
+        clean_ids, corrupt_ids, answer_ids, wrong_ids,
+        family=family, cluster=cluster or "|".join(sorted((answer, wrong))), texts=(clean, corrupt, answer, wrong),
+    )  # fmt: skip
+
+
+def pair_of_ids(
+    clean_ids: Sequence[int],
+    corrupt_ids: Sequence[int],
+    answer_ids: Sequence[int],
+    wrong_ids: Sequence[int],
+    *,
+    family: str,
+    cluster: str,
+    texts: tuple[str, str, str, str],
+) -> PromptPair:
+    """``make_pair`` of token ids: of both prompts, and of both answers up to and with what ends them."""
+    if len(clean_ids) != len(corrupt_ids):
+        raise UnfitPairError(f"the clean prompt has {len(clean_ids)} tokens, the corrupt one {len(corrupt_ids)}")
+    if list(clean_ids) == list(corrupt_ids):
+        raise UnfitPairError("the clean and the corrupt prompt are the same")
+    if list(answer_ids) == list(wrong_ids):
+        raise UnfitPairError("the answers are the same tokens")
     parted = next(at for at, (one, other) in enumerate(zip(answer_ids, wrong_ids, strict=False)) if one != other)
     shared = answer_ids[:parted]
     return PromptPair(
@@ -157,9 +174,9 @@ def make_pair(
         corrupt=(*corrupt_ids, *shared),
         answer=answer_ids[parted],
         wrong=wrong_ids[parted],
-        cluster=cluster or "|".join(sorted((answer, wrong))),
+        cluster=cluster,
         family=family,
-        texts=(clean, corrupt, answer, wrong),
+        texts=texts,
     )
 
 
@@ -184,7 +201,7 @@ def _chat_encoder(tokenizer: "PreTrainedTokenizerBase") -> _Encoder:
     return encode
 
 
-def _text_encoder(tokenizer: "PreTrainedTokenizerBase") -> _Encoder:
+def text_encoder(tokenizer: "PreTrainedTokenizerBase") -> _Encoder:
     """The same for text as it is: the tokenizer's own BOS in front, its end-of-sequence token behind."""
 
     def tokens(text: str) -> list[int]:
