@@ -16,7 +16,7 @@ from stoney_rl.errors import StoneyError
 from stoney_rl.interp import when
 from stoney_rl.interp.hooked import hook_model, left_padded
 from stoney_rl.interp.pairs import PromptPair, make_pair
-from stoney_rl.interp.when import cost, decision, first_tokens, guesses, word_assembly
+from stoney_rl.interp.when import cost, decision, first_tokens, guesses, scrambled_before_end, word_assembly
 
 TOKENIZER = tiny.tokenizer()
 LENGTHS = (9, 5, 12, 7, 5)
@@ -303,7 +303,7 @@ class Knowing:
         rows = [tuple(ids[mask.bool()].tolist()) for ids, mask in zip(batch.ids, batch.mask, strict=True)]
         added = torch.zeros(*batch.ids.shape, self.model.d_model)
         for row, ids in enumerate(rows):
-            size = len(ids) - len(TOKENIZER(when.CONTEXT)["input_ids"]) - 1 + 1  # letters and the space before
+            size = len(ids) - len(TOKENIZER(when.CONTEXT)["input_ids"])
             if ids in self.ids:
                 added[row, self.from_end(size)] = self.direction
         edit = {f"blocks.{self.layer}.hook_resid_pre": lambda stream: stream + added}
@@ -335,6 +335,29 @@ def test_what_was_planted_is_found_from_its_layer_on_and_at_its_token(deep, plac
         assert abs(accuracy[:, there].mean() - 0.5) < 0.15
     assert abs(found.control_correct.mean() - 0.5) < 0.1
     assert (found.selectivity.mean(0)[2:, here] > 0.25).all()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_double_with_the_same_last_token_leaves_nothing_to_its_spelling(deep, seed):
+    """Then word and double are one at layer 0: a probe is right about one of them, whatever it says."""
+    words, draw = scrambled_words(20, seed)[0], random.Random(seed)
+    doubles = [scrambled_before_end(TOKENIZER, word, draw) for word in words]
+    for word, double in zip(words, doubles, strict=True):
+        assert sorted(word) == sorted(double) and word != double and word[-1] == double[-1]
+    found = word_assembly(deep, words, doubles, seed=seed)
+    assert (found.correct[:, 0, 0] == 0.5).all()
+    assert found.above_spelling[:, 1:, 0].any()
+
+
+def test_a_double_keeps_the_tokens_it_must():
+    """'û' is two tokens of one letter; of 'aab' the end is fixed and nothing is left to scramble."""
+    double = scrambled_before_end(TOKENIZER, "wûtâsilû", random.Random(0))
+    assert double[-1] == "û" and sorted(double) == sorted("wûtâsilû")
+    assert scrambled_before_end(TOKENIZER, "aab", random.Random(0)) is None
+    assert scrambled_before_end(TOKENIZER, "a", random.Random(0)) is None
+    assert scrambled_before_end(TOKENIZER, "abcdef", random.Random(0)) == scrambled_before_end(
+        TOKENIZER, "abcdef", random.Random(0)
+    )
 
 
 @pytest.mark.parametrize("seed", range(3))

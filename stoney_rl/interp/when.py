@@ -4,7 +4,8 @@
     price = cost(model, pairs)                             # price.nats / price.bytes [pair]
     meanings = [first_tokens(tokenizer, ["dog"]), ...]     # of each pair, what its answer means in English
     said = guesses(model, pairs, meanings, ["wûsilo", ...], seed=0)          # invented forms
-    built = word_assembly(model, forms, scrambled_forms, seed=0)
+    doubles = [scrambled_before_end(tokenizer, form, random.Random(form)) or form for form in forms]
+    built = word_assembly(model, forms, doubles, seed=0)                     # a form without a double is left out
 
 1. Decision: logit lens (or tuned lens, arXiv 2303.08112) of the clean prompt's last token at every layer: log-probability
    of both answers, entropy, and the first layer from which on the answer, or the top token, stays (see lens).
@@ -14,7 +15,8 @@
    family is the sum of nats over the sum of bytes.
 3. Guesses (Wendler et al., arXiv 2402.10588, figure 2): before the answer's first token, the lens's probability of the
    tokens that the answer's English meaning may begin with, of the answer's own first token, and of the meanings of other
-   prompts. Also how many of its ten likeliest tokens are English words and how many are pieces of the language's words.
+   prompts (the control). Also how many of its ten likeliest tokens are English words, and how many are pieces of the
+   language's words.
 4. Assembly (Kaplan et al., arXiv 2410.05864, figure 2): from which layer on a probe tells real words of three or more
    tokens from their doubles (the same letters in another order, as many tokens) at the word's last token, and in its
    middle. Control labels and folds by lexeme: see probes (Hewitt and Liang, arXiv 1909.03368).
@@ -22,19 +24,23 @@
 What can't be concluded:
 - Guesses: in a lookup the English key stands in the prompt right before the answer, and any model may repeat it. The same
   measure on English lookups (key and answer English, the key as 'meaning') is what repetition alone gives; only what a
-  language has above that can be read as passing through English. Wendler et al. drop prompts with the word in them, and
-  sum over all prefixes of a word that are tokens; here it is the tokens that it does begin with, so that a lone letter
-  does not count for every word. The lens reads early layers badly: little probability there is not evidence of none.
+  language has above that can be read as passing through English. Wendler et al. leave out words that contain their
+  English translation, and sum over all prefixes of a word that are tokens; here it is the tokens that it does begin
+  with, so that a lone letter does not count for every word. The plain lens reads early layers badly: in SmolLM2 the lens is sure of some other
+  token up to layer 24 of 30, so little probability there is no evidence of none; a tuned lens reads more.
 - 'English' tokens are ASCII words with their space: other languages in that alphabet and names in code are among them.
-- Assembly: scrambled letters are unlike the language already in their middle, and word ends are alike. Layer 0, where no
-  token has seen another, is what the token's own spelling gives; what is above that, and above the middle token, is
-  put together. A probe finds what is there to be read, not what the model reads. Kaplan et al. shuffle tokens, not
-  letters, and ask the nearest neighbours in place of a straight cut.
+- Assembly: doubles that end in other tokens are told apart by spelling alone, at layer 0; ``scrambled_before_end`` makes
+  doubles of which that is not so. Above layer 0, a model with random weights tells many from their doubles too: it mixes
+  the letters before, and words share affixes (one form a lexeme has less of that). Only what a trained model has above a
+  random one is put together by what it learnt. A probe finds what is there to be read, not what the model reads. Kaplan
+  et al. shuffle tokens, not letters, and ask the nearest neighbours in place of a straight cut.
+- Cost: a family's answers must have about as many bytes, as a line's end or a quote is nearly free and shares in them.
 """
 
 import random
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -65,6 +71,7 @@ BATCH = 16  # pairs a pass: as fast a pair as more on a CPU, and half as slow as
 TOP = 10  # likeliest tokens that are sorted by language
 CONTROLS = 4  # other meanings for each pair: their mean is the control
 CONTEXT = "A word:"  # what stands before a form in ``word_assembly``
+TRIED = 100  # orders of a form's letters
 PLACES = ("last", "middle")  # the tokens of a form that are probed
 
 _ENGLISH_WORD = regex.compile(rb" [A-Za-z]{3,}")
@@ -185,8 +192,8 @@ def _nats(model: HookedModel, inputs: Sequence[Sequence[int]], answers: Sequence
 @dataclass(frozen=True)
 class Guesses:
     """``probability`` float32 [pair, layer + 1, 3]: of the meaning's first tokens together, of the answer's first token,
-    of as many first tokens of other meanings. NaN for the meaning where it is not known or may begin as the answer does;
-    for the control where no other meaning fits, as for the meaning.
+    of as many first tokens of other meanings. The meaning is NaN where it is not known, or may begin as the answer does;
+    the control there too, and where no other meaning fits.
     ``kinds`` [pair, layer + 1, 3]: shares of the ten likeliest tokens that are English words, pieces of the language's
     words, and both (which tells nothing). ``chance`` [3]: the same shares of the whole vocabulary.
     """
@@ -325,6 +332,31 @@ class Assembly:
         return self.correct - self.correct[:, :1]
 
 
+def scrambled_before_end(tokenizer: "PreTrainedTokenizerBase", form: str, draw: random.Random) -> str | None:
+    """``form`` with its letters in another order, but for those of its last token: as many tokens, the same one last.
+
+    So the last token's own spelling tells nothing, and at layer 0 the probe of ``word_assembly`` is right half the time,
+    exactly. None if a hundred orders hold no such double.
+    """
+    encode = text_encoder(tokenizer)
+    real, letters = encode(CONTEXT, " " + form)[1][:-1], regex.findall(r"\X", form)
+    end = len(token_bytes(tokenizer, real[-1:])[0])
+    sizes = accumulate(len(letter.encode()) for letter in reversed(letters))
+    fixed = 1 + next((at for at, size in enumerate(sizes) if size >= end), len(letters))
+    loose, tail = letters[:-fixed], letters[-fixed:]
+    for _ in range(TRIED):
+        double = "".join([*draw.sample(loose, len(loose)), *tail])
+        found = encode(CONTEXT, " " + double)[1][:-1]
+        if len(found) == len(real) and found[-1] == real[-1] and fold(double) != fold(form):
+            return double
+    return None
+
+
+def _probed(size: int) -> tuple[int, int]:
+    """The last and the middle one of ``size`` tokens, counted from the first."""
+    return size - 1, (size - 1) // 2
+
+
 def word_assembly(
     model: HookedModel,
     words: Sequence[str],
@@ -381,7 +413,7 @@ def _form_vectors(model: HookedModel, rows: Sequence[tuple[list[int], list[int]]
     ``rows``: ids of the context, and of the form with the token that ends the text, which is left out.
     """
     inputs = [[*front, *form[:-1]] for front, form in rows]
-    from_end = [(-1, (size - 1) // 2 - size) for size in (len(form) - 1 for _, form in rows)]
+    from_end = [[at - size for at in _probed(size)] for size in (len(form) - 1 for _, form in rows)]
     vectors = np.empty((model.n_layers + 1, len(rows), len(PLACES), model.d_model), dtype=np.float32)
     for chunk in by_length([len(ids) for ids in inputs], batch_size):
         batch = left_padded([inputs[row] for row in chunk], model.pad_token_id)
