@@ -44,7 +44,7 @@ class WrittenByHand:
     def __init__(self, patterns):
         self.patterns = patterns
 
-    def run(self, batch, read):
+    def run(self, batch, read, stop_at_layer):
         return {hook: function(self.patterns) for hook, function in read.items()}
 
 

@@ -106,6 +106,14 @@ def test_a_padded_batch_reads_what_each_row_reads_alone(models, architecture, ba
     assert not depths[0][1, 4:].isnan().any()
 
 
+def test_without_ranks_the_rest_is_the_same(models, batch):
+    with_ranks, without = (lens.logit_lens(models["llama"], batch, targets=TARGETS, ranks=on) for on in (True, False))
+    assert (without.target_ranks == -1).all() and (with_ranks.target_ranks >= 0).all()
+    assert all(
+        torch.equal(getattr(with_ranks, name), value) for name, value in vars(without).items() if name != "target_ranks"
+    )
+
+
 def test_targets_may_differ_by_position(models, batch):
     model = models["llama"]
     following = torch.tensor([[[8], [9]], [[17], [30]], [[41], [11]]])

@@ -19,6 +19,7 @@ from stoney_rl.interp.pairs import (
     build,
     differences,
     make_pair,
+    over_pairs,
     parts_at_whole_characters,
     read_pairs,
     swapped,
@@ -412,3 +413,32 @@ def test_arguments_are_checked(tokenizer, lexicon, family, n, reason):
 def test_no_pair_at_all_is_an_error_that_says_why(tokenizer):
     with pytest.raises(StoneyError, match="affix: no usable prompt pair: .*1 forms without a stem in the lexicon"):
         build([LexiconEntry("tâlo", (("to gather", 1),))], tokenizer, "affix", n=2)
+
+
+@pytest.mark.parametrize("chat", [True, False])
+def test_a_pair_holds_its_whole_answers(tokenizer, chat):
+    """'nâda' and 'nâke' have three tokens in common; behind the bare prompt stands each answer and what ends it."""
+    pair = make_pair(tokenizer, "one", "two", "nâda", "nâke", chat=chat)
+    assert pair.shared == 3 and pair.clean == pair.prompt + pair.answer_ids[:3]
+    assert (
+        tokenizer.decode(pair.answer_ids) == "nâda<|im_end|>" and tokenizer.decode(pair.wrong_ids) == "nâke<|im_end|>"
+    )
+    assert (pair.answer_ids[3], pair.wrong_ids[3]) == (pair.answer, pair.wrong)
+    other = swapped(pair)
+    assert (other.answer_ids, other.wrong_ids) == (pair.wrong_ids, pair.answer_ids)
+    assert other.prompt == pair.corrupt[:-3]
+
+
+def test_measures_over_pairs_come_back_in_their_order(tokenizer):
+    pairs = [make_pair(tokenizer, "x" * n, "y" * n, "a", "b", chat=False) for n in (5, 1, 4, 2, 3)]
+    seen = []
+
+    def measure(rows, batch):
+        seen.append(rows)
+        return {"size": batch.clean.mask.sum(-1), "row": torch.tensor(rows)}
+
+    found = over_pairs(pairs, 2, 0, measure)
+    assert found["size"].tolist() == [5, 1, 4, 2, 3] and found["row"].tolist() == [0, 1, 2, 3, 4]
+    assert sorted(map(len, seen)) == [1, 2, 2]
+    with pytest.raises(StoneyError, match="some measure: no prompt pair was given"):
+        over_pairs([], 2, 0, measure, "some measure")

@@ -16,7 +16,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from stoney_rl import checkpoints
 from stoney_rl.interp import (
@@ -32,7 +31,7 @@ from stoney_rl.interp import (
     tuned_lens,
 )
 from stoney_rl.interp.hooked import Batch, HookedModel, by_length, left_padded, random_hooked
-from stoney_rl.interp.pairs import PairBatch, batched
+from stoney_rl.interp.pairs import PairBatch, batched, over_pairs
 from stoney_rl.interp.plan import Plan
 from stoney_rl.interp.words import split_words
 
@@ -390,14 +389,9 @@ def _over_pairs(
 ) -> dict[str, np.ndarray]:
     """The same for the pairs ``indices`` of one family, in that order."""
     pairs = [plan.families[family][index] for index in indices]
-    batches = batched(pairs, plan.batch_size, model.pad_token_id)
-    description = f"{model.name}: {family}: {what}"
-    parts = [(rows, measure(batch)) for rows, batch in tqdm(batches, desc=description, unit="batch", delay=3)]
-    order = np.argsort([row for rows, _ in parts for row in rows])
-    return {
-        f"{family}/{key}": torch.cat([found[key].float().cpu() for _, found in parts]).numpy()[order]
-        for key in parts[0][1]
-    }
+    what = f"{model.name}: {family}: {what}"
+    found = over_pairs(pairs, plan.batch_size, model.pad_token_id, lambda rows, batch: measure(batch), what)
+    return {f"{family}/{key}": values.float().numpy() for key, values in found.items()}
 
 
 def _words_with_values(model: HookedModel, example: neurons.Example) -> tuple[list[str], list[float]]:

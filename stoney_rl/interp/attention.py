@@ -34,17 +34,21 @@ def head_scores(model: HookedModel, batch: Batch) -> dict[str, torch.Tensor]:
     the text repeats itself at random: give ``repeated_random_tokens``. NaN where no query of the row has such a key.
     """
     batch = batch.to(model.device)
-    scores = _each_layer(model, batch, range(model.n_layers), pattern_scores(batch))
+    scores = each_layer(model, batch, range(model.n_layers), pattern_scores(batch))
     return dict(zip(MEASURES, scores.unbind(-1), strict=True))
 
 
-def pattern_scores(batch: Batch) -> Edit:
-    """What makes of a layer's pattern [row, head, query, key] of ``batch`` its scores [row, head, measure], as MEASURES."""
-    weights = torch.stack([_mean_weights(keys) for keys in _keys(batch)], dim=1).flatten(2).mT
+def pattern_scores(batch: Batch, queries: torch.Tensor | None = None) -> Edit:
+    """What makes of a layer's pattern [row, head, query, key] of ``batch`` its scores [row, head, measure], as MEASURES.
+
+    ``queries``: those to average over, bool [row, query]; all by default.
+    """
+    asked = batch.mask if queries is None else queries.to(batch.mask)
+    weights = torch.stack([_mean_weights(keys * asked[:, :, None]) for keys in _keys(batch)], dim=1).flatten(2).mT
 
     def scores(pattern: torch.Tensor) -> torch.Tensor:
         linear = pattern.float().flatten(2) @ weights
-        return torch.cat([entropy(pattern, batch.mask).unsqueeze(-1), linear], dim=-1)
+        return torch.cat([entropy(pattern, batch.mask, asked).unsqueeze(-1), linear], dim=-1)
 
     return scores
 
@@ -60,7 +64,7 @@ def attention_patterns(model: HookedModel, batch: Batch, layers: Iterable[int] |
     def keep(pattern: torch.Tensor) -> torch.Tensor:
         return torch.where(real[:, None], pattern.float(), 0.0)
 
-    return _each_layer(model, batch, range(model.n_layers) if layers is None else layers, keep)
+    return each_layer(model, batch, range(model.n_layers) if layers is None else layers, keep)
 
 
 def by_word(patterns: torch.Tensor, spans: Sequence[tuple[int, int]]) -> torch.Tensor:
@@ -84,16 +88,17 @@ def by_word(patterns: torch.Tensor, spans: Sequence[tuple[int, int]]) -> torch.T
     return (member / member.sum(-1, keepdim=True)) @ patterns @ member.T
 
 
-def entropy(pattern: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+def entropy(pattern: torch.Tensor, mask: torch.Tensor, queries: torch.Tensor | None = None) -> torch.Tensor:
     """How evenly heads look, float32 [row, head]: mean over queries of H / log n, H = -sum over keys of A log A.
 
     n is the number of tokens up to the query, so that 1 is an even look at all of them and 0 a look at one; the first
     token, with nothing to choose from, is left out. ``pattern`` [row, head, query, key], ``mask`` [row, position]. In a
-    layer with a sliding window n still counts all tokens, so beyond the window even attention stays below 1.
+    layer with a sliding window n still counts all tokens, so beyond the window even attention stays below 1. ``queries``
+    [row, query]: those to average over; all by default.
     """
     choices = mask.cumsum(-1) * mask
-    queries = (choices > 1).float()
-    weights = queries / queries.sum(-1, keepdim=True) / choices.clamp(min=2).log()
+    asked = (choices > 1).float() * (1 if queries is None else queries)
+    weights = asked / asked.sum(-1, keepdim=True) / choices.clamp(min=2).log()
     return torch.einsum("rhq,rq->rh", torch.special.entr(pattern.float()).sum(-1), weights)
 
 
@@ -126,10 +131,11 @@ def copy_accuracy(logits: torch.Tensor, batch: Batch) -> torch.Tensor:
     return (logits[:, length:-1].argmax(-1) == targets).float().mean(-1).cpu()
 
 
-def _each_layer(model: HookedModel, batch: Batch, layers: Iterable[int], function: Edit) -> torch.Tensor:
+def each_layer(model: HookedModel, batch: Batch, layers: Iterable[int], function: Edit) -> torch.Tensor:
     """What ``function`` makes of the layers' patterns [row, head, query, key], on the CPU: [row, layer, ...]."""
     hooks = [f"blocks.{layer}.attn.hook_pattern" for layer in layers]
-    run = model.run(batch, read=dict.fromkeys(hooks, lambda pattern: function(pattern).cpu()))
+    read = dict.fromkeys(hooks, lambda pattern: function(pattern).cpu())
+    run = model.run(batch, read=read, stop_at_layer=model.n_layers)  # no logits
     return torch.stack([run[hook] for hook in hooks], dim=1)
 
 

@@ -54,12 +54,14 @@ def logit_lens(
     targets: torch.Tensor | None = None,
     top_k: int = 5,
     tuned: "TunedLens | None" = None,
+    ranks: bool = True,
 ) -> LensReading:
     """The lens at ``positions`` of every row; ``tuned`` translates the streams first.
 
     ``positions``: indices into the padded rows; count from the end (-1 is each row's last token). ``targets``: token ids
-    whose probability and rank are wanted, int64 [row, target] for all positions, or [row, position, target]. Formulas
-    and sources: see the module. Raises ``StoneyError`` for positions, targets, a ``top_k`` or a tuned lens that don't fit.
+    whose probability and rank are wanted, int64 [row, target] for all positions, or [row, position, target]. ``ranks``:
+    without them (-1) twenty targets take half the time. Formulas and sources: see the module. Raises ``StoneyError`` for
+    positions, targets, a ``top_k`` or a tuned lens that don't fit.
     """
     positions = list(positions)
     if tuned and tuned.bias.shape != (model.n_layers, model.d_model):
@@ -67,7 +69,7 @@ def logit_lens(
     targets = _checked_targets(model, batch, positions, targets, top_k)
     streams = residual_streams(model, batch, lambda stream: stream[:, positions].flatten(0, 1))
     chunks = zip(streams.split(CHUNK, dim=1), targets.flatten(0, 1).split(CHUNK), strict=True)
-    parts = [_read(model, vectors, ids.to(model.device), top_k, tuned) for vectors, ids in chunks]
+    parts = [_read(model, vectors, ids.to(model.device), top_k, tuned, ranks) for vectors, ids in chunks]
     is_token = batch.mask[:, positions].bool().cpu()
     return LensReading(*(_by_row(torch.cat(field, dim=1), is_token) for field in zip(*parts, strict=True)))
 
@@ -99,12 +101,17 @@ def residual_streams(model: HookedModel, batch: Batch, select: Edit) -> torch.Te
     """``select`` of the residual stream [row, position, d_model] -> [vector, d_model]; all layers: [layer, vector, d_model]."""
     hooks = [f"blocks.{layer}.hook_resid_pre" for layer in range(model.n_layers)]
     hooks.append(f"blocks.{model.n_layers - 1}.hook_resid_post")
-    run = model.run(batch, read=dict.fromkeys(hooks, select))
+    run = model.run(batch, read=dict.fromkeys(hooks, select), stop_at_layer=model.n_layers)  # no logits: a fourth less
     return torch.stack([run[hook] for hook in hooks])
 
 
 def _read(
-    model: HookedModel, streams: torch.Tensor, targets: torch.Tensor, top_k: int, tuned: "TunedLens | None"
+    model: HookedModel,
+    streams: torch.Tensor,
+    targets: torch.Tensor,
+    top_k: int,
+    tuned: "TunedLens | None",
+    with_ranks: bool,
 ) -> list[torch.Tensor]:
     """The fields of ``LensReading`` in their order, each [layer, vector, ...], from streams [layer, vector, d_model]."""
     final = log_probabilities(model, streams[-1])
@@ -113,7 +120,7 @@ def _read(
         lens = log_probabilities(model, tuned.translate(stream, layer) if tuned else stream)
         top = lens.topk(top_k)
         of_targets = lens.gather(-1, targets)
-        ranks = (lens[:, None] > of_targets[..., None]).sum(-1)
+        ranks = (lens[:, None] > of_targets[..., None]).sum(-1) if with_ranks else torch.full_like(targets, -1)
         entropy = -(lens.exp() * lens).sum(-1)
         layers.append((entropy, kl_divergence(final, lens), top.indices, top.values.exp(), of_targets, ranks))
     return [torch.stack(field).cpu() for field in zip(*layers, strict=True)]

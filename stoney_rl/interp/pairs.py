@@ -57,7 +57,8 @@ class PromptPair:
 
     ``answer``: the id that the clean prompt asks for; ``wrong``: the one that the corrupt prompt asks for. ``cluster``:
     pairs that share it depend on one another (a lexeme). ``texts``: clean prompt, corrupt prompt, answer, wrong answer,
-    for people.
+    for people. ``answer_ids``, ``wrong_ids``: the whole answers and what ends them, as they stand behind the prompts;
+    empty where only the scored tokens are known.
     """
 
     clean: tuple[int, ...]
@@ -67,6 +68,18 @@ class PromptPair:
     cluster: str
     family: str
     texts: tuple[str, str, str, str]
+    answer_ids: tuple[int, ...] = ()
+    wrong_ids: tuple[int, ...] = ()
+
+    @property
+    def shared(self) -> int:
+        """How many tokens both answers begin with; they are the last ones of ``clean`` and of ``corrupt``."""
+        return _parted(self.answer_ids, self.wrong_ids) if self.answer_ids and self.wrong_ids else 0
+
+    @property
+    def prompt(self) -> tuple[int, ...]:
+        """The clean prompt alone, without any token of an answer."""
+        return self.clean[: len(self.clean) - self.shared]
 
 
 @dataclass(frozen=True)
@@ -92,6 +105,28 @@ def batched(pairs: Sequence[PromptPair], size: int, pad_token_id: int) -> list[t
     """Batches of at most ``size`` pairs of similar length, each with the pairs' positions in ``pairs``."""
     chunks = by_length([len(pair.clean) for pair in pairs], size)
     return [(chunk, _as_batch([pairs[index] for index in chunk], pad_token_id)) for chunk in chunks]
+
+
+def over_pairs(
+    pairs: Sequence[PromptPair],
+    size: int,
+    pad_token_id: int,
+    measure: Callable[[list[int], PairBatch], dict[str, torch.Tensor]],
+    what: str = "pairs",
+) -> dict[str, torch.Tensor]:
+    """What ``measure`` gives for each batch of at most ``size`` pairs, put together: [pair, ...] in the order of ``pairs``.
+
+    ``measure``: the pairs' positions in ``pairs`` and their batch -> tensors [pair, ...]; they are taken to the CPU.
+    ``what``: on the progress bar. Raises ``StoneyError`` without a pair.
+    """
+    from tqdm import tqdm
+
+    if not pairs:
+        raise StoneyError(f"{what}: no prompt pair was given")
+    batches = tqdm(batched(pairs, size, pad_token_id), desc=what, unit="batch", delay=3)
+    parts = [(rows, measure(rows, batch)) for rows, batch in batches]
+    order = torch.tensor([row for rows, _ in parts for row in rows]).argsort()
+    return {key: torch.cat([found[key].cpu() for _, found in parts])[order] for key in parts[0][1]}
 
 
 def _as_batch(pairs: Sequence[PromptPair], pad_token_id: int) -> PairBatch:
@@ -167,7 +202,7 @@ def pair_of_ids(
         raise UnfitPairError("the clean and the corrupt prompt are the same")
     if list(answer_ids) == list(wrong_ids):
         raise UnfitPairError("the answers are the same tokens")
-    parted = next(at for at, (one, other) in enumerate(zip(answer_ids, wrong_ids, strict=False)) if one != other)
+    parted = _parted(answer_ids, wrong_ids)
     shared = answer_ids[:parted]
     return PromptPair(
         clean=(*clean_ids, *shared),
@@ -177,7 +212,14 @@ def pair_of_ids(
         cluster=cluster,
         family=family,
         texts=texts,
+        answer_ids=tuple(answer_ids),
+        wrong_ids=tuple(wrong_ids),
     )
+
+
+def _parted(answer_ids: Sequence[int], wrong_ids: Sequence[int]) -> int:
+    """The first place at which two answers differ."""
+    return next(at for at, (one, other) in enumerate(zip(answer_ids, wrong_ids, strict=False)) if one != other)
 
 
 def swapped(pair: PromptPair) -> PromptPair:
@@ -185,7 +227,7 @@ def swapped(pair: PromptPair) -> PromptPair:
     clean, corrupt, answer, wrong = pair.texts
     return replace(
         pair, clean=pair.corrupt, corrupt=pair.clean, answer=pair.wrong, wrong=pair.answer,
-        texts=(corrupt, clean, wrong, answer),
+        texts=(corrupt, clean, wrong, answer), answer_ids=pair.wrong_ids, wrong_ids=pair.answer_ids,
     )  # fmt: skip
 
 

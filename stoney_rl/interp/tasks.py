@@ -82,12 +82,11 @@ class Fact:
 
 @dataclass(frozen=True)
 class Family:
-    """``pairs``: couples, each pair followed by its ``swapped`` one. For each pair ``answers``: token ids of the whole value,
-    and ``meanings``: its meaning in English, where it is a word. ``skipped``: why there are no more couples, with counts."""
+    """``pairs``: couples, each pair followed by its ``swapped`` one; ``answer_ids`` of each: the value's tokens and one that ends it.
+    ``meanings``: of each pair's value in English, where it is a word. ``skipped``: why there are no more couples, with counts."""
 
     name: str
     pairs: tuple[PromptPair, ...]
-    answers: tuple[tuple[int, ...], ...]
     meanings: tuple[str | None, ...]
     skipped: tuple[str, ...] = ()
 
@@ -98,8 +97,8 @@ class Family:
     def couples(self, places: Sequence[int]) -> "Family":
         """The couples at ``places``, counted in couples, in that order."""
         rows = [row for place in places for row in (2 * place, 2 * place + 1)]
-        chosen = ([field[row] for row in rows] for field in (self.pairs, self.answers, self.meanings))
-        return replace(self, **dict(zip(("pairs", "answers", "meanings"), map(tuple, chosen), strict=True)))
+        pairs, meanings = (tuple(field[row] for row in rows) for field in (self.pairs, self.meanings))
+        return replace(self, pairs=pairs, meanings=meanings)
 
 
 # Making pools of couples
@@ -300,8 +299,8 @@ def _sum(numbers: Sequence[int]) -> Fact:
     return Fact(f"{one} + {other}", str(one + other), f"{one}+{other}")
 
 
-# A couple: pair, token ids of both answers, both meanings
-_Couple = tuple[PromptPair, tuple[tuple[int, ...], tuple[int, ...]], tuple[str | None, str | None]]
+# A couple: its first pair, and both values' meanings
+_Couple = tuple[PromptPair, tuple[str | None, str | None]]
 
 
 def _add(couples: list[_Couple], left_out: Counter, make: Callable[[int], _Couple], most: int) -> bool:
@@ -325,22 +324,19 @@ def _couple(name: str, tokenizer: "PreTrainedTokenizerBase", rows: Sequence[Fact
     encode = text_encoder(tokenizer)
     above = "".join(f"{fact.key} = {fact.value}\n" for fact in rows)
     prompts = [f"{above}{fact.key} =" for fact in (a, b)]
-    encoded = [encode(prompt, f" {fact.value}\n") for prompt, fact in zip(prompts, (a, b), strict=True)]
-    words = [tuple(encode(prompt, f" {fact.value}")[1][:-1]) for prompt, fact in zip(prompts, (a, b), strict=True)]
-    ids, ends = (
-        [prompt for prompt, _ in encoded],
-        [answer[len(word) :] for (_, answer), word in zip(encoded, words, strict=True)],
-    )
+    ids, answers = [], []
+    for prompt, fact in zip(prompts, (a, b), strict=True):
+        front, answer = encode(prompt, f" {fact.value}\n")
+        word = encode(prompt, f" {fact.value}")[1][:-1]
+        ids.append(front)
+        answers.append(answer[: len(word) + 1])
     for fact in (*rows, a, b):
         if fact.cut:
             natural = tuple(tokenizer(f" {fact.value}", add_special_tokens=False)["input_ids"])
-            ids = [_replaced(prompt, natural, fact.cut) for prompt in ids]
-            words = [fact.cut if word == natural else word for word in words]
+            ids, answers = ([_replaced(one, natural, fact.cut) for one in both] for both in (ids, answers))
     texts = (*prompts, f" {a.value}", f" {b.value}")
-    answers = [[*word, *end] for word, end in zip(words, ends, strict=True)]
     pair = pair_of_ids(*ids, *answers, family=name, cluster="|".join(sorted({a.lexeme, b.lexeme})), texts=texts)
-    meanings = (a.key, b.key) if name in MEANING_IS_KEY else (None, None)
-    return pair, tuple(words), meanings
+    return pair, ((a.key, b.key) if name in MEANING_IS_KEY else (None, None))
 
 
 def _replaced(ids: Sequence[int], old: tuple[int, ...], new: tuple[int, ...]) -> list[int]:
@@ -357,15 +353,14 @@ def _family(name: str, couples: Sequence[_Couple], wanted: int, left_out: Counte
     if not couples:
         reasons = "; ".join(f"{count} {reason}" for reason, count in left_out.most_common(3)) or "too few words"
         raise StoneyError(f"{name}: no couple of prompts can be made ({reasons})")
-    pairs, answers, meanings = [], [], []
-    for pair, ids, known in couples:
+    pairs, meanings = [], []
+    for pair, known in couples:
         pairs += [pair, swapped(pair)]
-        answers += ids
         meanings += known
     skipped = [f"{count} couples unfit: {reason}" for reason, count in left_out.most_common()]
     if len(couples) < wanted:
         skipped.insert(0, f"{len(couples)} couples, {wanted} were looked for")
-    return Family(name, tuple(pairs), tuple(answers), tuple(meanings), tuple(skipped))
+    return Family(name, tuple(pairs), tuple(meanings), tuple(skipped))
 
 
 def _size(tokenizer: "PreTrainedTokenizerBase", value: str) -> int:
@@ -397,7 +392,7 @@ def score(model: HookedModel, pairs: Sequence[PromptPair], *, batch_size: int) -
 def covariates(family: Family, scores: Mapping[str, np.ndarray]) -> np.ndarray:
     """Of each couple, the mean of its two pairs, float64 [couple, covariate] in the order of COVARIATES."""
     tokens = [len(pair.clean) for pair in family.pairs]
-    values = [tokens, scores["entropy"], scores["right"], [len(answer) for answer in family.answers]]
+    values = [tokens, scores["entropy"], scores["right"], [len(pair.answer_ids) - 1 for pair in family.pairs]]
     return np.array(values, dtype=np.float64).T.reshape(-1, 2, len(COVARIATES)).mean(axis=1)
 
 
