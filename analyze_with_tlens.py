@@ -23,8 +23,9 @@ from typing import TYPE_CHECKING
 
 from stoney_rl import artifacts, checkpoints, cli, runs, tracking
 from stoney_rl.errors import StoneyError
-from stoney_rl.metrics.systems import base_of, describe, short_name
-from stoney_rl.models import ModelSource, find_model, resolve_unpublished
+from stoney_rl.interp import opening
+from stoney_rl.metrics.systems import describe
+from stoney_rl.models import ModelSource
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -138,10 +139,10 @@ def main(argv: list[str] | None = None) -> int:
     tracking.load_env()
 
     # 1. The models: the one that is asked about first.
-    sources = find_models(args)
+    sources = opening.find_models([("--model_path", args.model_path), *(("--compare", name) for name in args.compare)])
     if args.trace and not (Path(args.trace) / TRACE_FILE).exists():
         raise StoneyError(f"--trace {args.trace}: no {TRACE_FILE} there; train with --trace_every")
-    check_device(args.device)
+    opening.check_device(args.device)
     for name, source in sources.items():
         print(f"{name}:", *(f"  {line}" for line in checkpoints.lineage(Path(source.name))), sep="\n")
 
@@ -150,7 +151,7 @@ def main(argv: list[str] | None = None) -> int:
     from stoney_rl.models import load_tokenizer
 
     tokenizers = {name: load_tokenizer(source) for name, source in sources.items()}
-    check_vocabularies(tokenizers)
+    opening.check_vocabularies(tokenizers)
     main_name, tokenizer = next(iter(tokenizers.items()))
     plan = make_plan(args, sources, tokenizer)
     traced_in = args.trace or trace_of(sources[main_name])
@@ -235,47 +236,6 @@ def main(argv: list[str] | None = None) -> int:
     return exit_code
 
 
-def find_models(args: argparse.Namespace) -> dict[str, ModelSource]:
-    """The model and those of --compare, by the name that tables use. Raises ``StoneyError`` for a name that is there twice."""
-    sources: dict[str, ModelSource] = {}
-    for flag, given in [("--model_path", args.model_path), *(("--compare", name) for name in args.compare)]:
-        path, notice = resolve_unpublished(given)
-        if notice:
-            print(notice)
-        if given == "base" and flag == "--compare":
-            path = base_of(next(iter(sources.values())))
-            if path is None:
-                raise StoneyError(
-                    f"--compare base: {args.model_path} does not say what it was trained from; name the model"
-                )
-        name = short_name(path)
-        if name in sources:
-            raise StoneyError(f"{flag} {given}: a second model called {name}; give each folder its own name")
-        sources[name] = find_model(path)
-    return sources
-
-
-def check_device(device: str | None) -> None:
-    """Raise ``StoneyError`` for a device that torch does not know or that is not here."""
-    if device:
-        import torch
-
-        try:
-            torch.empty(1, device=device)
-        except (RuntimeError, AssertionError, NotImplementedError) as error:
-            raise StoneyError(f"--device {device}: {str(error).splitlines()[0][:120]}") from error
-
-
-def check_vocabularies(tokenizers: dict) -> None:
-    """Raise ``StoneyError`` unless all tokenizers give the same ids: the models could not be asked the same otherwise."""
-    (main_name, tokenizer), *others = tokenizers.items()
-    for name, other in others:
-        if other.get_vocab() != tokenizer.get_vocab():
-            raise StoneyError(
-                f"--compare: {name} has another vocabulary than {main_name}; compare models of one family"
-            )
-
-
 def make_plan(
     args: argparse.Namespace, sources: dict[str, ModelSource], tokenizer: "PreTrainedTokenizerBase"
 ) -> "Plan":
@@ -346,21 +306,8 @@ def make_plan(
 def opened(args: argparse.Namespace, name: str, source: ModelSource, first: dict | None) -> "HookedModel":
     """The model, hooked, on the device. Raises ``StoneyError`` if --heads names one that it lacks, or if its shape is not
     that of the first one."""
-    import torch
-
-    from stoney_rl.interp.hooked import load_hooked
-
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[args.dtype]
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    model = load_hooked(
-        source.name, revision=source.revision if source.kind == "hub" else None, dtype=dtype, device=device
-    )
+    model = opening.open_hooked(name, source, args.dtype, args.device, first)
     layers, heads = model.n_layers, model.n_heads
-    if first and first != {"layers": layers, "heads": heads}:
-        raise StoneyError(
-            f"--compare: {name} has {layers} layers of {heads} heads, {short_name(args.model_path)} {first['layers']} of "
-            f"{first['heads']}; compare models of one shape"
-        )
     lacking = " ".join(f"{layer}.{head}" for layer, head in args.heads if layer >= layers or head >= heads)
     if lacking or (args.layers and args.layers[1] >= layers):
         flag = f"--heads {lacking}" if lacking else f"--layers {args.layers[0]}-{args.layers[1]}"

@@ -202,9 +202,10 @@ def leave(code: int | None) -> None:
         return
     from torch import distributed
 
-    if distributed.is_available() and distributed.is_initialized():
-        if not code or distributed.get_backend() == "gloo":
-            distributed.destroy_process_group()
+    if not distributed.is_available() or not distributed.is_initialized():
+        return
+    if not code or distributed.get_backend() == "gloo":
+        distributed.destroy_process_group()
 
 
 def on_main(call: Callable[[], Any]) -> Any:

@@ -9,7 +9,7 @@ next task. Heads and neurons are chosen on one half of each family's pairs and r
 
 import json
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -61,18 +61,23 @@ def ordered(tasks: Iterable[str]) -> list[str]:
 
 
 def measure_model(
-    folder: Path, tasks: Sequence[str], plan: Plan, open_model: Callable[[], HookedModel]
+    folder: Path,
+    tasks: Sequence[str],
+    plan: Plan,
+    open_model: Callable[[], HookedModel],
+    table: Mapping[str, Callable] | None = None,
 ) -> dict[str, Measured]:
     """The result of each task: read from ``folder`` if it is there, else measured and written there.
 
-    ``open_model`` is called for each task that is not there; let it keep the model.
+    ``open_model`` is called for each task that is not there; let it keep the model. ``table``: what measures a task of
+    that name, (model, plan, what was measured before) -> ``Measured``; TASKS, unless given.
     """
     done: dict[str, Measured] = {}
     for name in tasks:
         found = read_task(folder, name)
         if found is None:
             started = time.monotonic()
-            found = TASKS[name](open_model(), plan, done)
+            found = (table or TASKS)[name](open_model(), plan, done)
             found = write_task(folder, name, found)
             print(f"{folder.name}: {name} ({time.monotonic() - started:.0f} s)", flush=True)
         done[name] = found

@@ -62,7 +62,7 @@ def _figures(results: Mapping, arrays: Mapping[str, np.ndarray]) -> Iterator[tup
         yield "training", _training(results["trace"])
 
 
-def _figure(width: float, height: float) -> "Figure":
+def new_figure(width: float, height: float) -> "Figure":
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -77,7 +77,7 @@ def _heads(measure: Mapping) -> "Figure":
     differences = [(" − ".join(each["of"]), each) for each in measure.get("differences", ())]
     rows, columns = np.shape(grids[0][1]["mean"])
     width = max(1.7, 0.16 * columns + 0.5)
-    figure = _figure((len(grids) + len(differences)) * width + 1.6, max(2.6, 0.15 * rows + 1.2))
+    figure = new_figure((len(grids) + len(differences)) * width + 1.6, max(2.6, 0.15 * rows + 1.2))
     figure.suptitle(f"{measure['name']} ({measure['unit']}; n = {measure['n']})", fontsize=9)
     panels = figure.subplots(1, len(grids) + len(differences), squeeze=False, sharey=True)[0]
     groups = [(grids, panels[: len(grids)], measure["scale"]), (differences, panels[len(grids) :], "diverging")]
@@ -116,7 +116,7 @@ def _sheet(patterns: np.ndarray, title: str) -> "Figure":
     layers, heads, size, _ = np.shape(patterns)
     framed = np.full((layers, heads, size + 1, size + 1), np.nan)
     framed[..., :size, :size] = np.where(np.tri(size, dtype=bool), patterns, np.nan)
-    figure = _figure(max(3.0, 0.75 * heads + 0.6), max(2.0, 0.75 * layers + 0.6))
+    figure = new_figure(max(3.0, 0.75 * heads + 0.6), max(2.0, 0.75 * layers + 0.6))
     panel = figure.subplots()
     panel.imshow(np.sqrt(framed.swapaxes(1, 2).reshape(layers * (size + 1), -1)), cmap="Blues", vmin=0, vmax=1)
     panel.set_title(f"{title} (square root of attention)", fontsize=9)
@@ -131,7 +131,7 @@ def _sheet(patterns: np.ndarray, title: str) -> "Figure":
 
 def _lens(lens: Mapping, model: str, kinds: Mapping) -> "Figure":
     rows, positions = lens["rows"], lens["positions"]
-    figure = _figure(len(kinds) * (0.55 * len(positions) + 1) + 1, 0.2 * len(rows) + 1.2)
+    figure = new_figure(len(kinds) * (0.55 * len(positions) + 1) + 1, 0.2 * len(rows) + 1.2)
     panels = figure.subplots(1, len(kinds), squeeze=False, sharey=True)[0]
     for panel, (kind, read) in zip(panels, kinds.items(), strict=True):
         image = panel.imshow(_numbers(read["probability"]), cmap="Blues", vmin=0, vmax=1.6, aspect="auto")
@@ -153,7 +153,7 @@ def _short(token: str) -> str:
 
 def _faithfulness(path: Mapping) -> "Figure":
     curves = path["faithfulness"]
-    figure = _figure(5, 3.2)
+    figure = new_figure(5, 3.2)
     panel = figure.subplots()
     places = range(len(curves["sizes"]))  # sizes double: one step each
     for name, label, colour, style in (
@@ -170,14 +170,14 @@ def _faithfulness(path: Mapping) -> "Figure":
     panel.set_ylabel("faithfulness")
     panel.set_title(f"{path['model']}, {path['name']} (n = {path['n']} pairs)", fontsize=9)
     panel.legend(frameon=False, fontsize=8, loc="upper left")
-    _clean(panel)
+    clean(panel)
     return figure
 
 
 def _training(trace: Mapping) -> "Figure":
     """For each measure the heads that end highest over the rest, then the curves."""
     measures, curves = list(map(report.described, trace["measures"])), trace.get("curves", [])
-    figure = _figure(5, 2.3 * (len(measures) + len(curves)))
+    figure = new_figure(5, 2.3 * (len(measures) + len(curves)))
     panels = figure.subplots(len(measures) + len(curves), 1, squeeze=False, sharex=True)[:, 0]
     for panel, measure in zip(panels, measures, strict=False):
         values = _numbers(measure["values"])
@@ -189,11 +189,11 @@ def _training(trace: Mapping) -> "Figure":
             frameon=False, fontsize=7, title="head", title_fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5)
         )
         panel.set_title(f"{measure['name']} ({measure['unit']})", fontsize=8)
-        _clean(panel)
+        clean(panel)
     for panel, curve in zip(panels[len(measures) :], curves, strict=True):
         panel.plot(trace["steps"], _numbers(curve["values"]), color=BLUE)
         panel.set_title(f"{curve['name']} ({curve['unit']})", fontsize=8)
-        _clean(panel)
+        clean(panel)
     panels[-1].set_xlabel("update")
     return figure
 
@@ -202,7 +202,7 @@ def _numbers(nested: list) -> np.ndarray:
     return np.array(nested, dtype=float)  # None becomes NaN
 
 
-def _clean(panel: "Axes") -> None:
+def clean(panel: "Axes", axis: str = "y") -> None:
     panel.spines[["top", "right"]].set_visible(False)
-    panel.grid(axis="y", lw=0.4, color="#cccccc")
+    panel.grid(axis=axis, lw=0.4, color="#cccccc")
     panel.tick_params(labelsize=7)

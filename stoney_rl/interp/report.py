@@ -52,6 +52,18 @@ SCHEMA = {
     "models": [{"name": "text", "checkpoint": "text", "lineage?": "text"}],
     "layers": "count",
     "heads": "count",
+    "comparison?": [  # questions with their answers, of compare_reasoning.py
+        {
+            "key": "text",
+            "question": "text",
+            "answer": "[sentence] text",
+            "figures": [{"name": "text", "data": "text"}],  # PNG in base64
+            "tables": [{"caption": "text", "columns": "[column] text", "rows": "[row, column] text"}],
+            "tells": "text",
+            "cannot": "text",
+            "source": "text",  # the paper whose figure or table it follows, and what is done otherwise
+        }
+    ],
     "trust?": [
         {
             "name": "text",

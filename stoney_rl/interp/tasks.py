@@ -94,6 +94,11 @@ class Family:
     def clusters(self) -> list[str]:
         return [pair.cluster for pair in self.pairs]
 
+    def describe(self) -> str:
+        return "\n".join(
+            [f"{self.name}: {len(self.pairs)} pairs can be asked", *(f"  {reason}" for reason in self.skipped)]
+        )
+
     def couples(self, places: Sequence[int]) -> "Family":
         """The couples at ``places``, counted in couples, in that order."""
         rows = [row for place in places for row in (2 * place, 2 * place + 1)]
@@ -367,6 +372,12 @@ def _size(tokenizer: "PreTrainedTokenizerBase", value: str) -> int:
     return len(tokenizer(f" {value}", add_special_tokens=False)["input_ids"])
 
 
+def own_family(name: str, pairs: Sequence[PromptPair]) -> Family:
+    """A family of a user's own pairs: each becomes a couple with its swapped pair."""
+    couples = [one for pair in pairs for one in (pair, swapped(pair))]
+    return Family(name, tuple(couples), (None,) * len(couples))
+
+
 # Scoring, matching
 
 
@@ -446,3 +457,21 @@ def balance(
             | {"top": float(scores[name]["top"].mean()), "smd": dict(zip(COVARIATES, smd, strict=True))}
         )
     return rows
+
+
+def describe(rows: Sequence[Mapping]) -> str:
+    """The table that ``balance`` gives, for a terminal: means, and in brackets the distance to the reference in standard deviations."""
+    lines = ["family               pairs  tokens        entropy       right         tokens of the value"]
+    for row in rows:
+        cells = []
+        for key, form in (("tokens", ".1f"), ("entropy", ".2f"), ("right", ".2f"), ("value_tokens", ".2f")):
+            shift = row["smd"][key]
+            mark = "" if shift is None or abs(shift) <= UNBALANCED else "!"
+            cells.append(
+                f"{format(row[key], form)} ({'-' if shift is None else format(shift, '+.2f')}){mark}".ljust(14)
+            )
+        lines.append(f"{row['family']:20s} {row['pairs']:5d}  {''.join(cells)}".rstrip())
+    lines.append(
+        f"in brackets: from the first family, in standard deviations; up to {BALANCED} is balanced, '!' marks more than {UNBALANCED}"
+    )
+    return "\n".join(lines)

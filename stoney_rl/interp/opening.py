@@ -1,0 +1,90 @@
+"""The checkpoints that the interpretability stages are given: found, checked against one another, opened. Imports no torch."""
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
+
+from stoney_rl.errors import StoneyError
+from stoney_rl.metrics.systems import base_of, short_name
+from stoney_rl.models import ModelSource, find_model, resolve_unpublished
+
+if TYPE_CHECKING:
+    import torch
+
+    from stoney_rl.interp.hooked import HookedModel
+
+
+def find_models(given: Iterable[tuple[str, str]]) -> dict[str, ModelSource]:
+    """The models by the name that tables use, from (flag, path or hub id); 'base': what the first one was trained from.
+
+    Raises ``StoneyError`` for a name that is there twice, and where the first does not say what it was trained from.
+    """
+    sources: dict[str, ModelSource] = {}
+    for flag, asked in given:
+        path, notice = resolve_unpublished(asked)
+        if notice:
+            print(notice)
+        if asked == "base" and sources:
+            first = next(iter(sources.values()))
+            path = base_of(first)
+            if path is None:
+                raise StoneyError(f"{flag} base: {first.name} does not say what it was trained from; name the model")
+        name = short_name(path)
+        if name in sources:
+            raise StoneyError(f"{flag} {asked}: a second model called {name}; give each folder its own name")
+        sources[name] = find_model(path)
+    return sources
+
+
+def check_device(device: str | None) -> None:
+    """Raise ``StoneyError`` for a device that torch does not know or that is not here."""
+    if device:
+        import torch
+
+        try:
+            torch.empty(1, device=device)
+        except (RuntimeError, AssertionError, NotImplementedError) as error:
+            raise StoneyError(f"--device {device}: {str(error).splitlines()[0][:120]}") from error
+
+
+def check_vocabularies(tokenizers: Mapping) -> None:
+    """Raise ``StoneyError`` unless all tokenizers give the same ids: the models could not be asked the same otherwise."""
+    (main_name, tokenizer), *others = tokenizers.items()
+    for name, other in others:
+        if other.get_vocab() != tokenizer.get_vocab():
+            raise StoneyError(
+                f"--compare: {name} has another vocabulary than {main_name}; compare models of one family"
+            )
+
+
+def torch_dtype(name: str) -> "torch.dtype":
+    import torch
+
+    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
+
+
+def device_of(device: str | None) -> str:
+    """The device asked for, else a GPU if there is one."""
+    import torch
+
+    return device or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def open_hooked(
+    name: str, source: ModelSource, dtype: str, device: str | None, first: Mapping[str, int] | None
+) -> "HookedModel":
+    """The model, hooked, on the device. ``first``: 'layers' and 'heads' of the first model, whose shape it must have."""
+    from stoney_rl.interp.hooked import load_hooked
+
+    model = load_hooked(
+        source.name,
+        revision=source.revision if source.kind == "hub" else None,
+        dtype=torch_dtype(dtype),
+        device=device_of(device),
+    )
+    shape = {"layers": model.n_layers, "heads": model.n_heads}
+    if first and first != shape:
+        raise StoneyError(
+            f"--compare: {name} has {shape['layers']} layers of {shape['heads']} heads, the first model {first['layers']} of "
+            f"{first['heads']}; compare models of one shape"
+        )
+    return model
