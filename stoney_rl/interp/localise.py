@@ -188,16 +188,15 @@ class Overlap:
     ``share``, ``jaccard``: of what both have. ``chance``, ``p``: mean share of sets whose parts change places within
     their layer, and the probability that they share as much; ``chance_anywhere``, ``p_anywhere``: in the whole model
     (the plain hypergeometric). ``halves``: share of a half of A with a half of B; ``ceiling``: of two halves of one
-    family, with as many clusters. ``missing``: ceiling - halves, with its 95 % interval ``low``, ``high`` (None with
-    fewer than ten clusters); ``share_low``, ``share_high``: interval of ``share`` in the same way, around it.
+    family, with as many clusters. ``missing``: ceiling - halves: what being another family costs. ``share_interval``,
+    ``missing_interval``: 95 %, None with fewer than ten clusters.
     ``correlation``: Spearman of the mean attributions, signed, of all parts; ``halves_correlation`` and
     ``ceiling_correlation`` as above. ``clusters``: that each half has.
     """
 
     k: int
     share: float
-    share_low: float | None
-    share_high: float | None
+    share_interval: tuple[float, float] | None
     jaccard: float
     chance: float
     p: float
@@ -206,8 +205,7 @@ class Overlap:
     halves: float
     ceiling: float
     missing: float
-    low: float | None
-    high: float | None
+    missing_interval: tuple[float, float] | None
     correlation: float
     halves_correlation: float
     ceiling_correlation: float
@@ -250,29 +248,39 @@ def overlap(
 
     size = min(len(set(clusters_a)), len(set(clusters_b))) // 2
     rng = np.random.default_rng(seed)
-    halves = [
-        _half_means(values, clusters, size, halvings, rng) for values, clusters in ((a, clusters_a), (b, clusters_b))
-    ]
-    agreement = np.stack([_agreement(np.concatenate([a[h], b[h]]), k) for h in range(halvings) for a, b in [halves]])
-    within = (agreement[:, :, 0, 1] + agreement[:, :, 2, 3]) / 2  # [halving, (share, correlation)]
+    labelled = ((a, clusters_a), (b, clusters_b))
+    profiles = np.concatenate([_half_means(*family, size, halvings, rng) for family in labelled], axis=1)
+    agreement = np.stack([_agreement(four, k) for four in profiles])  # [halving, (share, correlation), half, half]
+    within = (agreement[:, :, 0, 1] + agreement[:, :, 2, 3]) / 2
     between = agreement[:, :, :2, 2:].mean((2, 3))
     (ceiling, ceiling_correlation), (half, half_correlation) = within.mean(0), between.mean(0)
-    low, high, share_low, share_high = (None,) * 4
-    if 2 * size >= MIN_UNITS:
-        tails = [50 * (1 - CONFIDENCE), 50 * (1 + CONFIDENCE)]
-        low, high = map(float, np.percentile(within[:, 0] - between[:, 0], tails))
-        single = agreement[:, 0, 0, 2]
-        share_low, share_high = (
-            float(np.clip(shared / k + bound - single.mean(), 0, 1)) for bound in np.percentile(single, tails)
-        )
-    correlation = float(_agreement(np.stack([a.mean(0), b.mean(0)]), k)[1, 0, 1])
+    around, missing = agreement[:, 0, 0, 2], within[:, 0] - between[:, 0]
+    enough = 2 * size >= MIN_UNITS
     return Overlap(
-        k=k, share=shared / k, share_low=share_low, share_high=share_high, jaccard=shared / (2 * k - shared),
-        chance=chance / k, p=p, chance_anywhere=anywhere / k, p_anywhere=p_anywhere, halves=float(half),
-        ceiling=float(ceiling), missing=float(ceiling - half), low=low, high=high, correlation=correlation,
-        halves_correlation=float(half_correlation), ceiling_correlation=float(ceiling_correlation), clusters=size,
-        halvings=halvings, seed=seed,
-    )  # fmt: skip
+        k=k,
+        share=shared / k,
+        share_interval=_interval(np.clip(shared / k + around - around.mean(), 0, 1)) if enough else None,
+        jaccard=shared / (2 * k - shared),
+        chance=chance / k,
+        p=p,
+        chance_anywhere=anywhere / k,
+        p_anywhere=p_anywhere,
+        halves=float(half),
+        ceiling=float(ceiling),
+        missing=float(ceiling - half),
+        missing_interval=_interval(missing) if enough else None,
+        correlation=float(_agreement(np.stack([a.mean(0), b.mean(0)]), k)[1, 0, 1]),
+        halves_correlation=float(half_correlation),
+        ceiling_correlation=float(ceiling_correlation),
+        clusters=size,
+        halvings=halvings,
+        seed=seed,
+    )
+
+
+def _interval(values: np.ndarray) -> tuple[float, float]:
+    low, high = np.percentile(values, [50 * (1 - CONFIDENCE), 50 * (1 + CONFIDENCE)])
+    return float(low), float(high)
 
 
 def _chance(strata: Sequence[Hashable], top_a: np.ndarray, top_b: np.ndarray, shared: int) -> tuple[float, float]:
@@ -393,6 +401,8 @@ def _masks(parts: PartSet, reference: Replacement) -> dict[str, torch.Tensor]:
     masks: dict[str, torch.Tensor] = {}
     for kind, layer, index in parts:
         hook = f"blocks.{layer}.{HOOKS[kind]}"
+        if reference[hook].ndim != (2 if kind == "heads" else 1):
+            raise StoneyError(f"{hook}: what stands in must be the same at all positions; use stand_in, means or zeros")
         shape = {"heads": (*reference[hook].shape[:-1], 1), "mlps": (1,), "neurons": reference[hook].shape}[kind]
         masks.setdefault(hook, torch.zeros(shape, dtype=torch.bool))[index] = True
     return masks
@@ -471,34 +481,50 @@ def matrix(
     if draws < 1 or few < 1:
         raise StoneyError(f"draws={draws}, few={few}: expected at least one random set and one pair")
     pairs = [pair for family in families.values() for pair in family]
-    starts = dict(zip(families, np.cumsum([0, *map(len, families.values())]).tolist(), strict=False))
-    drawn = {name: _drawn(len(family), draws, few, _rng(seed, name)) for name, family in families.items()}
-    m_clean = _m_clean(model, pairs, batch_size)
-    m_corrupt = -_m_clean(model, [swapped(pair) for pair in pairs], batch_size)
+    sizes = [len(family) for family in families.values()]
+    starts = np.cumsum([0, *sizes[:-1]]).tolist()
+    drawn = {name: _drawn(size, draws, few, _rng(seed, name)) for name, size in zip(families, sizes, strict=True)}
+    jobs = [_jobs(*place, of) for *place, of in zip(starts, sizes, drawn.values(), strict=True)]
+    flat = [job for family in jobs for job in family]
+    m_clean, m_corrupt = _m_both(model, pairs, batch_size)
     own, random, random_sets = {}, {}, {}
     for ablated, parts in sets.items():
         rng = _rng(seed, f"sets like {ablated}")
         random_sets[ablated] = [matched(parts, model, rng) for _ in range(draws)]
-        jobs = [(pair, 0) for pair in range(len(pairs))]
-        jobs += [
-            (starts[name] + pair, 1 + number)
-            for name in families
-            for number, row in enumerate(drawn[name].tolist())
-            for pair in row
-        ]
         without = _m_without(
-            model, pairs, [parts, *random_sets[ablated]], reference, jobs, batch_size, progress=f"without {ablated}"
+            model, pairs, [parts, *random_sets[ablated]], reference, flat, batch_size, progress=f"without {ablated}"
         )
-        lost = m_clean[[pair for pair, _ in jobs]] - without
-        whole, rest = lost[: len(pairs)], lost[len(pairs) :].split([drawn[name].size for name in families])
-        own[ablated] = dict(zip(families, whole.split([len(family) for family in families.values()]), strict=True))
-        random[ablated] = {name: part.view(drawn[name].shape) for name, part in zip(families, rest, strict=True)}
-    sizes = [len(family) for family in families.values()]
+        lost = m_clean[[pair for pair, _ in flat]] - without
+        by_family = dict(zip(families, lost.split([len(family) for family in jobs]), strict=True))
+        own[ablated] = {name: by_family[name][: len(family)] for name, family in families.items()}
+        random[ablated] = {
+            name: by_family[name][len(family) :].view(drawn[name].shape) for name, family in families.items()
+        }
     return Losses(
-        own, random, drawn,
-        dict(zip(families, m_clean.split(sizes), strict=True)), dict(zip(families, m_corrupt.split(sizes), strict=True)),
-        {name: [pair.cluster for pair in family] for name, family in families.items()}, dict(sets), random_sets,
-    )  # fmt: skip
+        own=own,
+        random=random,
+        drawn=drawn,
+        clean=dict(zip(families, m_clean.split(sizes), strict=True)),
+        corrupt=dict(zip(families, m_corrupt.split(sizes), strict=True)),
+        clusters={name: [pair.cluster for pair in family] for name, family in families.items()},
+        sets=dict(sets),
+        random_sets=random_sets,
+    )
+
+
+def _jobs(start: int, size: int, drawn: np.ndarray) -> list[tuple[int, int]]:
+    """(pair, set) of a family whose pairs begin at ``start``: set 0 in all of them, the others where they are drawn."""
+    own = [(start + pair, 0) for pair in range(size)]
+    return own + [(start + pair, 1 + number) for number, row in enumerate(drawn.tolist()) for pair in row]
+
+
+def _m_both(model: HookedModel, pairs: Sequence[PromptPair], batch_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """m on the clean and on the corrupt prompts [pair]. The corrupt one is minus the swapped pair's on its clean one."""
+    mirrored = [swapped(pair) for pair in pairs]
+    distinct = list(dict.fromkeys([*pairs, *mirrored]))
+    place = {pair: number for number, pair in enumerate(distinct)}
+    m = _m_clean(model, distinct, batch_size)
+    return m[[place[pair] for pair in pairs]], -m[[place[pair] for pair in mirrored]]
 
 
 def matched(parts: PartSet, model: HookedModel, rng: np.random.Generator) -> PartSet:
@@ -635,10 +661,11 @@ def interactions(losses: Losses, *, seed: int) -> dict[tuple[str, str], Interact
 
     Interval and p are ``significance.effects`` over the clusters of both families' reporting pairs. The value is a sum of
     two means; each pair enters as value + N/n_F (d - mean d), with d its own difference, n_F the pairs of its family and
-    N of both: the mean is the sum of the means, and the two families' unlike means are not taken for scatter.
+    N of both (and a factor near 1, see ``_deviations``): the mean is the sum of the means, and that the two families'
+    means are unlike is not taken for scatter.
     """
     found: dict[tuple[str, str], dict | None] = {}
-    for a, b in combinations(losses.own, 2):
+    for a, b in combinations([name for name in losses.own if name in losses.clean], 2):
         found[a, b] = _interaction(losses, a, b, seed)
     tested = [key for key, one in found.items() if one is not None and one["p"] is not None]
     corrected = dict(zip(tested, _false_discovery([found[key]["p"] for key in tested]), strict=True))
@@ -660,21 +687,28 @@ def _interaction(losses: Losses, a: str, b: str, seed: int) -> dict | None:
     of_a = losses.share(a, a) - losses.share(b, a)
     of_b = losses.share(b, b) - losses.share(a, b)
     value, n = of_a.mean() + of_b.mean(), len(of_a) + len(of_b)
-    centred = np.concatenate([n / len(of_a) * (of_a - of_a.mean()), n / len(of_b) * (of_b - of_b.mean())])
-    labels = losses.clusters[a] + losses.clusters[b]
+    labels_a, labels_b = losses.clusters[a], losses.clusters[b]
+    centred = np.concatenate([n * _deviations(of_a, labels_a), n * _deviations(of_b, labels_b)])
+    labels = [*labels_a, *labels_b]
     result = significance.effects((value + centred)[:, None], labels, seed=seed)
     low, high, p = (None if array is None else float(array[0]) for array in (result.low, result.high, result.p))
     sums: dict[str, float] = defaultdict(float)
     for label, part in zip(labels, centred, strict=True):
         sums[label] += part
-    random = (losses.random_means(a, a) - losses.random_means(b, a)) + (
-        losses.random_means(b, b) - losses.random_means(a, b)
-    )
+    random = losses.random_means(a, a) - losses.random_means(b, a)
+    random += losses.random_means(b, b) - losses.random_means(a, b)
     return {
         "value": float(value), "a": float(of_a.mean()), "b": float(of_b.mean()), "low": low, "high": high, "p": p,
         "floor": max(0.0, float(np.percentile(random, 95))), "n": n, "clusters": result.clusters, "draws": len(random),
         "note": result.note, "error": float(np.sqrt(sum(total**2 for total in sums.values())) / n),
     }  # fmt: skip
+
+
+def _deviations(values: np.ndarray, labels: Sequence[Hashable]) -> np.ndarray:
+    """What each pair adds to the mean's error [pair]: (d - mean d) / n. Its own mean is nearer to a sample than the true
+    one is, which C / (C - 1) of its clusters makes up for, as in any variance."""
+    units = len(set(labels))
+    return (values - values.mean()) / len(values) * (units / max(units - 1, 1)) ** 0.5
 
 
 def _detectable(error: float, clusters: int, tests: int, floor: float) -> float | None:
