@@ -676,7 +676,8 @@ def interactions(losses: Losses, *, seed: int) -> dict[tuple[str, str], Interact
             continue
         error, q = one.pop("error"), corrected.get(key)
         is_found = q is not None and q <= significance.LEVEL and one["value"] > one["floor"]
-        detectable = None if q is None else _detectable(error, one["clusters"], len(tested), one["floor"])
+        reach = None if one["low"] is None else one["value"] - one["low"]
+        detectable = _detectable(reach, error, one["clusters"], len(tested), one["floor"])
         finished[key] = Interaction(**one, q=q, found=is_found, detectable=detectable)
     return finished
 
@@ -711,14 +712,18 @@ def _deviations(values: np.ndarray, labels: Sequence[Hashable]) -> np.ndarray:
     return (values - values.mean()) / len(values) * (units / max(units - 1, 1)) ** 0.5
 
 
-def _detectable(error: float, clusters: int, tests: int, floor: float) -> float | None:
-    """The effect that is found with a power of 80 %: beyond the critical t at 0.05 / tests, and beyond the floor."""
+def _detectable(reach: float | None, error: float, clusters: int, tests: int, floor: float) -> float | None:
+    """The effect that is found with a power of 80 %: beyond what decides, by what four of five samples reach.
+
+    What decides is the floor or the interval's lower half, ``reach``, made longer for ``tests`` tests: wider than the
+    standard error ``error`` alone would have it, as the interval is cautious.
+    """
     from scipy.stats import t
 
-    if error == 0:
+    if reach is None or not reach > 0:
         return None
-    beyond = t.ppf(POWER, clusters - 1) * error
-    return float(beyond + max(t.isf(significance.LEVEL / tests / 2, clusters - 1) * error, floor))
+    longer = t.isf(significance.LEVEL / tests / 2, clusters - 1) / t.isf(significance.LEVEL / 2, clusters - 1)
+    return float(max(longer * reach, floor) + t.ppf(POWER, clusters - 1) * error)
 
 
 # 7. True patching
