@@ -133,6 +133,22 @@ def test_the_strongest_parts_by_hand():
         strongest(values, share=5)
 
 
+def test_parts_of_every_family_are_passed_over():
+    """MLP 0 is both families' strongest; without it the next one moves up."""
+    heads = torch.tensor([[[1.0, 2.0, 3.0, 0.0]]])
+    families = {
+        "a": {"heads": heads, "mlps": torch.tensor([[9.0]])},
+        "b": {"heads": -heads.flip(2), "mlps": torch.tensor([[-9.0]])},
+    }
+    sets = {name: strongest(values, share=0.4) for name, values in families.items()}
+    assert sets == {"a": PartSet(heads=((0, 2),), mlps=(0,)), "b": PartSet(heads=((0, 1),), mlps=(0,))}
+    everyones = localise.common(sets.values())
+    assert everyones == PartSet(mlps=(0,))
+    assert strongest(families["a"], share=0.4, without=everyones) == PartSet(heads=((0, 1), (0, 2)))
+    with pytest.raises(StoneyError, match="5 strongest of 4 parts; leave fewer out"):
+        strongest(families["a"], share=1.0, without=everyones)
+
+
 def test_five_percent_of_components_and_one_of_neurons():
     values = {"heads": torch.randn(3, 30, 9), "mlps": torch.randn(3, 30), "neurons": torch.randn(3, 30, 1536)}
     assert len(strongest(values)) == 15
@@ -340,6 +356,13 @@ def test_rows_of_the_matrix_do_not_depend_on_one_another(llama, families, two_se
     assert not np.array_equal(again.drawn["one"], losses.drawn["one"])
 
 
+def test_what_is_passed_over_is_in_no_random_set(llama, families, two_sets, reference):
+    found = matrix(
+        llama, families, two_sets, reference, without=PartSet(heads=((0, 3), (1, 3))), draws=20, few=1, seed=0
+    )
+    assert not {head for one in found.random_sets["other"] for head in one.heads} & {(0, 3), (1, 3)}
+
+
 def test_a_matrix_of_nothing_is_refused(llama, families, reference):
     with pytest.raises(StoneyError, match="empty: a family without pairs"):
         matrix(llama, families | {"empty": []}, {"one": SETS[0]}, reference, seed=0)
@@ -357,6 +380,10 @@ def test_random_sets_have_as_many_parts_of_each_kind_in_each_layer_and_none_of_t
             of_layer = [[part for part in parts if part[:2] == (kind, layer)] for parts in (own, one)]
             assert len(of_layer[0]) == len(of_layer[1])
     assert len(set(drawn)) > 40
+    # Passed over: head (0, 0), and the only other MLP, so that the own one has to stay.
+    passed_over = PartSet(heads=((0, 0),), mlps=(0,))
+    drawn = [matched(own, llama, rng, without=passed_over) for _ in range(30)]
+    assert {one.heads[0] for one in drawn} == {(0, 2), (0, 3)} and {one.mlps for one in drawn} == {(1,)}
     # Three of four heads: the other one is always there, two of the own have to be; both MLPs: no other is left.
     crowded = PartSet(heads=((0, 0), (0, 1), (0, 2)), mlps=(0, 1))
     drawn = [matched(crowded, llama, rng) for _ in range(30)]

@@ -1,9 +1,10 @@
 """Which heads, MLPs and neurons carry a family of prompts, and are they that family's own?
 
     values = {name: attribute_parts(model, pairs) for name, pairs in choosing.items()}     # families of prompt pairs
-    sets = {name: strongest(found) for name, found in values.items()}
     shared = overlap(values["a"], clusters["a"], values["b"], clusters["b"], seed=0)
-    losses = matrix(model, reporting, sets, stand_in(model, choosing), seed=0)              # other pairs of the same
+    everyones = common(map(strongest, values.values()))
+    sets = {name: strongest(found, without=everyones) for name, found in values.items()}
+    losses = matrix(model, reporting, sets, stand_in(model, choosing), without=everyones, seed=0)  # other pairs
     cells(losses, seed=0), interactions(losses, seed=0)
 
 m is a pair's logit difference on its clean prompt, answer minus wrong (pairs.py). Parts are chosen on one half of the
@@ -140,14 +141,31 @@ def part_set(parts: Iterable[tuple[str, int, int]]) -> PartSet:
     )
 
 
-def strongest(values: Values, kinds: Sequence[str] = COMPONENTS, share: float | None = None) -> PartSet:
+def strongest(
+    values: Values, kinds: Sequence[str] = COMPONENTS, share: float | None = None, *, without: PartSet | None = None
+) -> PartSet:
     """The ``share`` of the parts of these ``kinds`` together with the largest |mean over pairs|, at least one.
 
-    ``share``: SHARES, unless given. Raises ``StoneyError`` for kinds that ``values`` lacks or SHARES does not know.
+    ``share``: SHARES, unless given. ``without``: parts that are passed over, see ``common``. Raises ``StoneyError`` for
+    kinds that ``values`` lacks or SHARES does not know, and where fewer parts are left than the share asks for.
     """
     columns, parts = _columns(values, kinds)
-    chosen = _top(columns.mean(0)[None], _count(kinds, share, len(parts)))[0]
-    return part_set(parts[place] for place in chosen)
+    k, left_out = _count(kinds, share, len(parts)), set(without or ())
+    chosen = [parts[place] for place in _top(columns.mean(0)[None], len(parts))[0]]
+    chosen = [part for part in chosen if part not in left_out]
+    if len(chosen) < k:
+        raise StoneyError(f"{k} strongest of {len(chosen)} parts; leave fewer out, or ask for a smaller share")
+    return part_set(chosen[:k])
+
+
+def common(sets: Iterable[PartSet]) -> PartSet:
+    """The parts that all ``sets`` have.
+
+    A part that every family needs can hide all others. MLP 0 of SmolLM2-135M is among the strongest of any family, and
+    without it alone m falls to chance: a set that has it costs everything everywhere, no interaction can be seen, and no
+    random set is like it. So: ``overlap`` of all parts, and the matrix of sets chosen ``without`` the common ones.
+    """
+    return part_set(set.intersection(*map(set, sets)))
 
 
 def _columns(values: Values, kinds: Sequence[str]) -> tuple[np.ndarray, list[tuple[str, int, int]]]:
@@ -464,6 +482,7 @@ def matrix(
     sets: Mapping[str, PartSet],
     reference: Replacement,
     *,
+    without: PartSet | None = None,
     draws: int = 100,
     few: int = 4,
     batch_size: int = ROWS_PER_PASS,
@@ -472,8 +491,9 @@ def matrix(
     """Knock out each of ``sets`` and ``draws`` random sets like it, and measure every family: its reporting pairs.
 
     A set is measured in all pairs, a random one in ``few`` pairs of each family: that is what time allows, and 100 sets of
-    4 say more about sets than 5 of 80. Each draws its pairs anew, so that all take part equally. Rows of the matrix don't
-    depend on one another: with ``sets`` of one family the result has that row, the same numbers as among others.
+    4 say more about sets than 5 of 80. Each draws its pairs anew, so that all take part equally. ``without``: parts that no
+    random set has either, if ``sets`` were chosen without them. Rows of the matrix don't depend on one another: with
+    ``sets`` of one family the result has that row, the same numbers as among others.
     Raises ``StoneyError`` as ``knock_out``, for a family without pairs and for no draws.
     """
     if empty := [name for name, pairs in families.items() if not pairs]:
@@ -490,11 +510,11 @@ def matrix(
     own, random, random_sets = {}, {}, {}
     for ablated, parts in sets.items():
         rng = _rng(seed, f"sets like {ablated}")
-        random_sets[ablated] = [matched(parts, model, rng) for _ in range(draws)]
-        without = _m_without(
+        random_sets[ablated] = [matched(parts, model, rng, without=without) for _ in range(draws)]
+        remaining = _m_without(
             model, pairs, [parts, *random_sets[ablated]], reference, flat, batch_size, progress=f"without {ablated}"
         )
-        lost = m_clean[[pair for pair, _ in flat]] - without
+        lost = m_clean[[pair for pair, _ in flat]] - remaining
         by_family = dict(zip(families, lost.split([len(family) for family in jobs]), strict=True))
         own[ablated] = {name: by_family[name][: len(family)] for name, family in families.items()}
         random[ablated] = {
@@ -527,21 +547,28 @@ def _m_both(model: HookedModel, pairs: Sequence[PromptPair], batch_size: int) ->
     return m[[place[pair] for pair in pairs]], -m[[place[pair] for pair in mirrored]]
 
 
-def matched(parts: PartSet, model: HookedModel, rng: np.random.Generator) -> PartSet:
+def matched(parts: PartSet, model: HookedModel, rng: np.random.Generator, *, without: PartSet | None = None) -> PartSet:
     """A random set with as many heads and neurons in each layer, and as many MLPs (a layer has only one).
 
-    None of ``parts`` is in it where there are enough others.
+    None of ``parts`` is in it where there are enough others that are not in ``without``.
     """
     places = {"heads": range(model.n_heads), "mlps": range(model.n_layers), "neurons": range(model.d_mlp)}
-    own: dict[tuple[str, int], set[int]] = defaultdict(set)
-    for kind, layer, index in parts:
-        own[_stratum(kind, layer)].add(layer if kind == "mlps" else index)
+    own, left_out = _by_stratum(parts), _by_stratum(without or ())
     chosen = []
     for (kind, layer), taken in own.items():
-        free = rng.permutation([place for place in places[kind] if place not in taken])
+        closed = taken | left_out[kind, layer]
+        free = rng.permutation([place for place in places[kind] if place not in closed])
         for place in [*free, *rng.permutation(sorted(taken))][: len(taken)]:
             chosen.append((kind, place, 0) if kind == "mlps" else (kind, layer, place))
     return part_set(chosen)
+
+
+def _by_stratum(parts: Iterable[tuple[str, int, int]]) -> dict[tuple[str, int], set[int]]:
+    """The places that ``parts`` have in each stratum: of an MLP the layer, of others the index in the layer."""
+    places: dict[tuple[str, int], set[int]] = defaultdict(set)
+    for kind, layer, index in parts:
+        places[_stratum(kind, layer)].add(layer if kind == "mlps" else index)
+    return places
 
 
 def _rng(seed: int, name: str) -> np.random.Generator:
