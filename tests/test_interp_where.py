@@ -71,7 +71,7 @@ def from_end(pair: PromptPair, letter: str, times: int = 1) -> list[int]:
 
 
 def test_heads_that_copy_the_token_the_word_or_something_else():
-    """Answer 'vûrs', wrong 'xûzg' (one space before both, which stands in the prompts): next is v, the word's last token is s."""
+    """Answer 'vûrs', wrong 'xûzg', whose space stands in the prompts: next is v, the word's last token is s."""
     pair = lookup("vûrs", "xûzg")
     assert pair.shared == 1
     v, s, x, g, r = (from_end(pair, letter) for letter in "vsxgr")
@@ -139,7 +139,7 @@ def test_arithmetic_has_nothing_to_copy(model):
 
 
 def spaced():
-    """A tokenizer whose every token is a word of one sign, space in front, so that the copying model's symbols are words."""
+    """Every token is a word of one sign with a space in front, so that the copying model's symbols are words."""
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
 
