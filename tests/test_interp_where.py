@@ -84,6 +84,15 @@ def test_heads_that_copy_the_token_the_word_or_something_else():
     assert found.measured == {"token": 1, "concept": 1}
 
 
+def test_next_is_what_follows_the_part_that_has_begun():
+    """Both begin with 'ko', which stands in the prompt: next is v, and not the word's first token k."""
+    pair = lookup("kovrs", "koxzg")
+    v, x, s, k = (from_end(pair, letter, times) for letter, times in (("v", 1), ("x", 1), ("s", 1), ("k", 6)))
+    found = copying(WrittenByHand([v, x, s, k]), [pair])
+    assert torch.allclose(found.difference[0, 0], torch.tensor([[1.0, 0], [-1, 0], [0, 1], [0, 0]]))
+    assert found.started.tolist() == [3]
+
+
 def test_all_occurrences_count_and_only_whole_words():
     """'vors' three times, and inside 'vorst', 'avors' and 'vors-ek', which are other words."""
     lines = "key: {a}\nkay: {w}\nkay: {w}\nkey: {a} vorst\nkay: {w}\nkey: {a} avors vors-ek\n"
@@ -120,6 +129,7 @@ def test_attention_is_that_of_the_last_position(model):
         (lookup("vûrs", "xûzg", lines="key: {a}\n"), False, False),  # nothing to compare with
         (lookup("v", "x"), True, False),  # the next token is the word's last
         (lookup("vûrs", "x"), True, False),  # the wrong word's is
+        (lookup("x", "vûrs"), True, False),
         (lookup("vûr", "vûs"), True, False),  # all but the last stand in the prompt
         (lookup("vûr", "vûrs"), False, False),  # all of it does: what comes next is a line's end
         (lookup("vûrs", "xûzg", ends=" .\n"), True, True),
