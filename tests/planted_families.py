@@ -17,13 +17,13 @@ from stoney_rl.interp.hooked import HookedModel, hook_model
 from stoney_rl.interp.localise import PartSet
 from stoney_rl.interp.pairs import PromptPair, swapped
 
-LAYERS, HEADS, NEURONS = 2, 8, 128
+LAYERS, HEADS, NEURONS = 2, 8, 256
 SYMBOLS, ANSWERS = 10, 8  # of each family
 EQUALS = 2 + 2 * (SYMBOLS + ANSWERS)  # the tokens before it: two special ones, and the two families'
 STEPS, ROWS, LEARNING_RATE = 700, 128, 5e-3
 
-ONE = (range(2), range(32))  # heads and neurons of every layer
-OTHER = (range(4, 6), range(64, 96))
+ONE = (range(2), range(64))  # heads and neurons of every layer
+OTHER = (range(4, 6), range(128, 192))
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ All words that aren't English are invented.
 
 import math
 import random
+from dataclasses import replace
 from unittest.mock import Mock
 
 import pytest
@@ -37,7 +38,7 @@ def lookups(*couples, chat=False):
 
 
 def silent(*, layers: int = LAYERS):
-    """A model whose embedding, attention and MLPs write nothing and whose output is even; its unembedding is its own."""
+    """A model whose embedding, attention and MLPs write nothing, so that its output is even."""
     source = tiny.model("llama", layers=layers)
     with torch.no_grad():
         for name, parameter in source.named_parameters():
@@ -179,20 +180,20 @@ def planted_pairs():
 def test_a_meaning_on_the_way_is_found_at_its_layers(seed):
     meanings = [(token,) for token in MEANINGS]
     found = guesses(speaks_in_between(*ITEMS), planted_pairs(), meanings, [], seed=seed, batch_size=3)
-    meaning, answer, control = found.probability.unbind(-1)
-    assert found.not_measured == 0 and found.probability.shape == (8, 4, 3)
+    meaning, answer, control, rival = found.probability.unbind(-1)
+    assert found.not_measured == 0 and found.probability.shape == (8, 4, 4) and rival.isnan().all()
     assert (meaning[:, 1:3] > 0.95).all() and (meaning[:, [0, 3]] < 0.01).all()
     assert (answer[:, 3] > 0.95).all() and (answer[:, :3] < 0.01).all()
     assert (control < 0.01).all() and (found.above_control[:, 1:3] > 0.95).all()
 
 
 def test_a_meaning_that_is_not_there_is_not_found():
-    """Items 0 to 3 pass through their meaning, 4 to 7 don't; a model that says it for all tokens has nothing above the control."""
+    """Items 0 to 3 pass through their meaning, 4 to 7 don't; an even model has nothing above the control."""
     meanings, pairs = [(token,) for token in MEANINGS], planted_pairs()
     found = guesses(speaks_in_between(0, 1, 2, 3), pairs, meanings, [], seed=0)
     assert (found.above_control[:4, 1] > 0.95).all() and (found.above_control[4:].abs() < 0.01).all()
     even = guesses(hook_model(silent(), TOKENIZER), pairs, meanings, [], seed=0)
-    assert torch.allclose(even.probability, torch.tensor(1 / 259))
+    assert torch.allclose(even.probability[..., :3], torch.tensor(1 / 259))
     assert torch.allclose(even.above_control, torch.tensor(0.0), atol=1e-6)
 
 
@@ -205,7 +206,23 @@ def test_probabilities_of_several_tokens_add_up_and_controls_are_averaged(model)
         p = model.run(left_padded([pair.clean], 0)).logits[0, -1].softmax(-1)
         others = sum(p[list(meanings[other])].sum() for other in range(5) if other != row)
         expected = [p[list(meanings[row])].sum(), p[pair.answer], others / 4]
-        assert found.probability[row, -1].tolist() == pytest.approx([one.item() for one in expected], abs=1e-6)
+        assert found.probability[row, -1, :3].tolist() == pytest.approx([one.item() for one in expected], abs=1e-6)
+
+
+def test_the_rival_is_the_other_meaning_of_the_pair_and_may_stand_in_the_prompt(model):
+    """Both pairs are one couple; all meanings' tokens stand in both prompts, so there is no control."""
+    one, other, *_ = random_pairs((6,) * 3, vocabulary=range(10, 60))
+    seen = (200, 201, 202, 203)
+    couple = [
+        replace(pair, clean=(*seen, *pair.clean), corrupt=(*seen, *pair.corrupt), cluster="c") for pair in (one, other)
+    ]
+    found = guesses(model, couple, [(200, 201), (202, 203)], [], seed=0)
+    p = model.run(left_padded([pair.clean for pair in couple], 0)).logits[:, -1].softmax(-1)
+    expected = [p[0, 202] + p[0, 203], p[1, 200] + p[1, 201]]
+    assert torch.allclose(found.probability[:, -1, 3], torch.stack(expected), atol=1e-6)
+    own = torch.stack([p[0, 200] + p[0, 201], p[1, 202] + p[1, 203]])
+    assert torch.allclose(found.above_rival[:, -1], own - torch.stack(expected), atol=1e-6)
+    assert found.above_control.isnan().all()
 
 
 def test_what_no_control_fits_is_not_measured(model):

@@ -71,7 +71,7 @@ def from_end(pair: PromptPair, letter: str, times: int = 1) -> list[int]:
 
 
 def test_heads_that_copy_the_token_the_word_or_something_else():
-    """Answer 'vûrs', wrong 'xûzg' (one space before both, which stands in the prompts): next is v, the word's last token is s."""
+    """Answer 'vûrs', wrong 'xûzg', whose space stands in the prompts: next is v, the word's last token is s."""
     pair = lookup("vûrs", "xûzg")
     assert pair.shared == 1
     v, s, x, g, r = (from_end(pair, letter) for letter in "vsxgr")
@@ -82,6 +82,15 @@ def test_heads_that_copy_the_token_the_word_or_something_else():
     assert found.attention[0, 0, 5].flatten().tolist() == pytest.approx([1 / len(pair.clean)] * 4)
     assert found.occurrences.tolist() == [[1, 1]] and found.started.tolist() == [1]
     assert found.measured == {"token": 1, "concept": 1}
+
+
+def test_next_is_what_follows_the_part_that_has_begun():
+    """Both begin with 'ko', which stands in the prompt: next is v, and not the word's first token k."""
+    pair = lookup("kovrs", "koxzg")
+    v, x, s, k = (from_end(pair, letter, times) for letter, times in (("v", 1), ("x", 1), ("s", 1), ("k", 6)))
+    found = copying(WrittenByHand([v, x, s, k]), [pair])
+    assert torch.allclose(found.difference[0, 0], torch.tensor([[1.0, 0], [-1, 0], [0, 1], [0, 0]]))
+    assert found.started.tolist() == [3]
 
 
 def test_all_occurrences_count_and_only_whole_words():
@@ -120,6 +129,7 @@ def test_attention_is_that_of_the_last_position(model):
         (lookup("vûrs", "xûzg", lines="key: {a}\n"), False, False),  # nothing to compare with
         (lookup("v", "x"), True, False),  # the next token is the word's last
         (lookup("vûrs", "x"), True, False),  # the wrong word's is
+        (lookup("x", "vûrs"), True, False),
         (lookup("vûr", "vûs"), True, False),  # all but the last stand in the prompt
         (lookup("vûr", "vûrs"), False, False),  # all of it does: what comes next is a line's end
         (lookup("vûrs", "xûzg", ends=" .\n"), True, True),
@@ -139,7 +149,7 @@ def test_arithmetic_has_nothing_to_copy(model):
 
 
 def spaced():
-    """A tokenizer whose every token is a word of one sign, space in front, so that the copying model's symbols are words."""
+    """Every token is a word of one sign with a space in front, so that the copying model's symbols are words."""
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
 

@@ -8,6 +8,8 @@ attribution  direct logit attribution: components, heads, neurons
 lens         logit lens, depth of an answer; tuned_lens fits its translators
 patching     activation patching, attribution patching with integrated gradients
 ablation     heads and groups of heads taken away
+when         by layer: the answer's depth, its cost in nats a byte, the language of the guesses, words put together
+where        by head: copying tokens or words, how far back heads look
 circuit      the path of information for prompt pairs, its faithfulness
 neurons      activations, attribution, examples
 probes, similarity, steering   what a layer knows; how alike two layers are; pushing along a direction

@@ -39,7 +39,8 @@ def head_scores(model: HookedModel, batch: Batch) -> dict[str, torch.Tensor]:
 
 
 def pattern_scores(batch: Batch, queries: torch.Tensor | None = None) -> Edit:
-    """What makes of a layer's pattern [row, head, query, key] of ``batch`` its scores [row, head, measure], as MEASURES.
+    """What makes of a layer's pattern [row, head, query, key] of ``batch`` its scores [row, head, measure], as
+    MEASURES.
 
     ``queries``: those to average over, bool [row, query]; all by default.
     """
@@ -93,8 +94,8 @@ def entropy(pattern: torch.Tensor, mask: torch.Tensor, queries: torch.Tensor | N
 
     n is the number of tokens up to the query, so that 1 is an even look at all of them and 0 a look at one; the first
     token, with nothing to choose from, is left out. ``pattern`` [row, head, query, key], ``mask`` [row, position]. In a
-    layer with a sliding window n still counts all tokens, so beyond the window even attention stays below 1. ``queries``
-    [row, query]: those to average over; all by default.
+    layer with a sliding window n still counts all tokens, so beyond the window even attention stays below 1.
+    ``queries`` [row, query]: those to average over; all by default.
     """
     choices = mask.cumsum(-1) * mask
     asked = (choices > 1).float() * (1 if queries is None else queries)

@@ -79,18 +79,19 @@ class WeightChange:
 def weight_changes(earlier: "PreTrainedModel", later: "PreTrainedModel") -> list[WeightChange]:
     """The change of every weight, in the model's order; weights that are tied count once.
 
+    The decompositions are the work: half a minute for SmolLM2 on one core; for a model of billions use a GPU.
     Raises ``StoneyError`` for models with adapters that are not merged, and weights of other names, shapes or dtypes.
     """
     return [_weight_change(name, *weights) for name, weights in matching(earlier, later).items()]
 
 
 def _weight_change(name: str, earlier: torch.Tensor, later: torch.Tensor) -> WeightChange:
-    precise = torch.promote_types(earlier.dtype, torch.float32)
-    before, after = (weight.to(precise).view(-1, weight.shape[-1]) for weight in (earlier, later))
+    # In float64: the decomposition's own rounding in float32 is as large as that of the weights.
+    before, after = (weight.double().view(-1, weight.shape[-1]) for weight in (earlier, later))
     difference = after - before
     size, rounding = float(before.norm()), _rounding(after)
     if difference.any():
-        values = torch.linalg.svdvals(difference).double().cpu().numpy()
+        values = torch.linalg.svdvals(difference).cpu().numpy()
     else:
         values = np.zeros(min(difference.shape))
     change, spectral = float(np.sqrt((values**2).sum())), float(values[0])
@@ -115,8 +116,10 @@ def _weight_change(name: str, earlier: torch.Tensor, later: torch.Tensor) -> Wei
 
 
 def _rounding(weight: torch.Tensor) -> float:
-    """What the rounding in ``weight`` [row, column] may have for a spectral norm. Its precision: the coarsest that holds
-    it exactly, as a bf16 checkpoint may have been opened in fp32."""
+    """Largest spectral norm that rounding may have in ``weight`` [row, column].
+
+    Its precision is the coarsest that holds it exactly: a bf16 checkpoint may have been opened in fp32.
+    """
     coarse = (torch.bfloat16, torch.float16, torch.float32)
     dtype = next((one for one in coarse if torch.equal(weight.to(one).to(weight.dtype), weight)), weight.dtype)
     return float(torch.finfo(dtype).eps / 2 * (weight.norm(dim=1).max() + weight.norm(dim=0).max()))
@@ -415,8 +418,8 @@ def top_shared(earlier, later, clusters: Sequence[Hashable], *, seed: int, share
     before, after = (np.asarray(values, dtype=np.float64) for values in (earlier, later))
     if before.shape != after.shape or len(before) != len(clusters):
         raise StoneyError(
-            f"values of two models: shapes {before.shape} and {after.shape}, {len(clusters)} labels of clusters; expected "
-            "the same pairs and units, and a label for each pair"
+            f"values of two models: shapes {before.shape} and {after.shape}, {len(clusters)} labels of clusters; "
+            "expected the same pairs and units, and a label for each pair"
         )
     if not 0 < share <= 1:
         raise StoneyError(f"share={share}: expected the share of units that are top, above 0 and at most 1")

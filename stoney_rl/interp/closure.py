@@ -47,8 +47,8 @@ from stoney_rl.metrics.intervals import Interval, statistic_interval
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# Of the path between two checkpoints. Fine-tuning moves weights little, the path is smooth: Gauss-Legendre with 3
-# points misses less of the gap than the midpoint rule with 12.
+# Points on the path between two checkpoints. Where every matrix of SmolLM2 changes by 10 % of its norm, 2 or 3 points
+# miss 0.1 % of the gap, as does the midpoint rule with 12; by 2 %, still less. ``completeness`` tells if it takes more.
 STEPS = 3
 ROWS_PER_GRADIENT = 4  # the gradient of all weights takes twice as long a row with one row at a time
 
@@ -250,7 +250,7 @@ def weight_attribution(
     points, shares = np.polynomial.legendre.leggauss(steps)
     for point, share in zip((points + 1) / 2, shares / 2, strict=True) if changed else ():
         between = {name: torch.lerp(*pair, float(point)) for name, pair in changed.items()}
-        with _weights(earlier, between) as leaves, _gradients_for(earlier, leaves):
+        with _weights(earlier, between) as leaves, _gradients_for(earlier, leaves), torch.enable_grad():
             for start in range(0, len(rows), rows_per_gradient):
                 group = slice(start, start + rows_per_gradient)
                 total = behaviour(earlier, rows[group]).sum()
@@ -272,8 +272,7 @@ def _gradients_for(model: "PreTrainedModel", leaves: Mapping[str, torch.nn.Param
     try:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name in leaves)
-        with torch.enable_grad():
-            yield
+        yield
     finally:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(before[name])
@@ -281,7 +280,8 @@ def _gradients_for(model: "PreTrainedModel", leaves: Mapping[str, torch.nn.Param
 
 def _measured(model: "PreTrainedModel", behaviour: Behaviour, rows: Sequence[int]) -> np.ndarray:
     """Float64 [example], without gradients. Refuses values that are no numbers."""
-    with torch.no_grad():
+    # Even without gradients torch chooses another order of sums for weights that require them.
+    with torch.no_grad(), _gradients_for(model, {}):
         values = behaviour(model, rows).double().cpu().numpy()
     if values.shape != (len(rows),) or not np.isfinite(values).all():
         raise StoneyError(
@@ -416,14 +416,14 @@ def closure(
 
 
 def _check_whole(earlier: "PreTrainedModel", later: "PreTrainedModel", parts: Sequence[Part]) -> None:
-    """With all parts moved the earlier model must be the later one; another config (rotary base, ...) would prevent it."""
+    """With all parts moved the earlier model must be the later one; not so with another config (rotary base, ...)."""
     expected = checkpoints.probe_logits(later)
     with moved(earlier, later, parts):
         difference = float((checkpoints.probe_logits(earlier) - expected).abs().max())
     if not difference <= 1e-4 * max(1.0, float(expected.abs().max())):
         raise StoneyError(
-            f"with all weights of the later model the earlier one gives logits that differ by {difference:.3g}: compare "
-            "their config.json, and how they were opened"
+            f"with all weights of the later model the earlier one gives logits that differ by {difference:.3g}: "
+            "compare their config.json, and how they were opened"
         )
 
 

@@ -60,8 +60,8 @@ def logit_lens(
 
     ``positions``: indices into the padded rows; count from the end (-1 is each row's last token). ``targets``: token ids
     whose probability and rank are wanted, int64 [row, target] for all positions, or [row, position, target]. ``ranks``:
-    without them (-1) twenty targets take half the time. Formulas and sources: see the module. Raises ``StoneyError`` for
-    positions, targets, a ``top_k`` or a tuned lens that don't fit.
+    without them (-1) twenty targets take half the time. Formulas and sources: see the module. Raises ``StoneyError``
+    for positions, targets, a ``top_k`` or a tuned lens that don't fit.
     """
     positions = list(positions)
     if tuned and tuned.bias.shape != (model.n_layers, model.d_model):

@@ -1,9 +1,10 @@
 """Which heads, MLPs and neurons carry a family of prompts, and are they that family's own?
 
     values = {name: attribute_parts(model, pairs) for name, pairs in choosing.items()}     # families of prompt pairs
-    sets = {name: strongest(found) for name, found in values.items()}
     shared = overlap(values["a"], clusters["a"], values["b"], clusters["b"], seed=0)
-    losses = matrix(model, reporting, sets, stand_in(model, choosing), seed=0)              # other pairs of the same
+    everyones = common(map(strongest, values.values()))
+    sets = {name: strongest(found, without=everyones) for name, found in values.items()}
+    losses = matrix(model, reporting, sets, stand_in(model, choosing), without=everyones, seed=0)  # other pairs
     cells(losses, seed=0), interactions(losses, seed=0)
 
 m is a pair's logit difference on its clean prompt, answer minus wrong (pairs.py). Parts are chosen on one half of the
@@ -140,14 +141,31 @@ def part_set(parts: Iterable[tuple[str, int, int]]) -> PartSet:
     )
 
 
-def strongest(values: Values, kinds: Sequence[str] = COMPONENTS, share: float | None = None) -> PartSet:
+def strongest(
+    values: Values, kinds: Sequence[str] = COMPONENTS, share: float | None = None, *, without: PartSet | None = None
+) -> PartSet:
     """The ``share`` of the parts of these ``kinds`` together with the largest |mean over pairs|, at least one.
 
-    ``share``: SHARES, unless given. Raises ``StoneyError`` for kinds that ``values`` lacks or SHARES does not know.
+    ``share``: SHARES, unless given. ``without``: parts that are passed over, see ``common``. Raises ``StoneyError`` for
+    kinds that ``values`` lacks or SHARES does not know, and where fewer parts are left than the share asks for.
     """
     columns, parts = _columns(values, kinds)
-    chosen = _top(columns.mean(0)[None], _count(kinds, share, len(parts)))[0]
-    return part_set(parts[place] for place in chosen)
+    k, left_out = _count(kinds, share, len(parts)), set(without or ())
+    chosen = [parts[place] for place in _top(columns.mean(0)[None], len(parts))[0]]
+    chosen = [part for part in chosen if part not in left_out]
+    if len(chosen) < k:
+        raise StoneyError(f"{k} strongest of {len(chosen)} parts; leave fewer out, or ask for a smaller share")
+    return part_set(chosen[:k])
+
+
+def common(sets: Iterable[PartSet]) -> PartSet:
+    """The parts that all ``sets`` have.
+
+    A part that every family needs can hide all others. MLP 0 of SmolLM2-135M is among the strongest of any family, and
+    without it alone m falls to chance: a set that has it costs everything everywhere, no interaction can be seen, and no
+    random set is like it. So: ``overlap`` of all parts, and the matrix of sets chosen ``without`` the common ones.
+    """
+    return part_set(set.intersection(*map(set, sets)))
 
 
 def _columns(values: Values, kinds: Sequence[str]) -> tuple[np.ndarray, list[tuple[str, int, int]]]:
@@ -188,16 +206,15 @@ class Overlap:
     ``share``, ``jaccard``: of what both have. ``chance``, ``p``: mean share of sets whose parts change places within
     their layer, and the probability that they share as much; ``chance_anywhere``, ``p_anywhere``: in the whole model
     (the plain hypergeometric). ``halves``: share of a half of A with a half of B; ``ceiling``: of two halves of one
-    family, with as many clusters. ``missing``: ceiling - halves, with its 95 % interval ``low``, ``high`` (None with
-    fewer than ten clusters); ``share_low``, ``share_high``: interval of ``share`` in the same way, around it.
+    family, with as many clusters. ``missing``: ceiling - halves: what being another family costs. ``share_interval``,
+    ``missing_interval``: 95 %, None with fewer than ten clusters.
     ``correlation``: Spearman of the mean attributions, signed, of all parts; ``halves_correlation`` and
     ``ceiling_correlation`` as above. ``clusters``: that each half has.
     """
 
     k: int
     share: float
-    share_low: float | None
-    share_high: float | None
+    share_interval: tuple[float, float] | None
     jaccard: float
     chance: float
     p: float
@@ -206,8 +223,7 @@ class Overlap:
     halves: float
     ceiling: float
     missing: float
-    low: float | None
-    high: float | None
+    missing_interval: tuple[float, float] | None
     correlation: float
     halves_correlation: float
     ceiling_correlation: float
@@ -250,29 +266,39 @@ def overlap(
 
     size = min(len(set(clusters_a)), len(set(clusters_b))) // 2
     rng = np.random.default_rng(seed)
-    halves = [
-        _half_means(values, clusters, size, halvings, rng) for values, clusters in ((a, clusters_a), (b, clusters_b))
-    ]
-    agreement = np.stack([_agreement(np.concatenate([a[h], b[h]]), k) for h in range(halvings) for a, b in [halves]])
-    within = (agreement[:, :, 0, 1] + agreement[:, :, 2, 3]) / 2  # [halving, (share, correlation)]
+    labelled = ((a, clusters_a), (b, clusters_b))
+    profiles = np.concatenate([_half_means(*family, size, halvings, rng) for family in labelled], axis=1)
+    agreement = np.stack([_agreement(four, k) for four in profiles])  # [halving, (share, correlation), half, half]
+    within = (agreement[:, :, 0, 1] + agreement[:, :, 2, 3]) / 2
     between = agreement[:, :, :2, 2:].mean((2, 3))
     (ceiling, ceiling_correlation), (half, half_correlation) = within.mean(0), between.mean(0)
-    low, high, share_low, share_high = (None,) * 4
-    if 2 * size >= MIN_UNITS:
-        tails = [50 * (1 - CONFIDENCE), 50 * (1 + CONFIDENCE)]
-        low, high = map(float, np.percentile(within[:, 0] - between[:, 0], tails))
-        single = agreement[:, 0, 0, 2]
-        share_low, share_high = (
-            float(np.clip(shared / k + bound - single.mean(), 0, 1)) for bound in np.percentile(single, tails)
-        )
-    correlation = float(_agreement(np.stack([a.mean(0), b.mean(0)]), k)[1, 0, 1])
+    around, missing = agreement[:, 0, 0, 2], within[:, 0] - between[:, 0]
+    enough = 2 * size >= MIN_UNITS
     return Overlap(
-        k=k, share=shared / k, share_low=share_low, share_high=share_high, jaccard=shared / (2 * k - shared),
-        chance=chance / k, p=p, chance_anywhere=anywhere / k, p_anywhere=p_anywhere, halves=float(half),
-        ceiling=float(ceiling), missing=float(ceiling - half), low=low, high=high, correlation=correlation,
-        halves_correlation=float(half_correlation), ceiling_correlation=float(ceiling_correlation), clusters=size,
-        halvings=halvings, seed=seed,
-    )  # fmt: skip
+        k=k,
+        share=shared / k,
+        share_interval=_interval(np.clip(shared / k + around - around.mean(), 0, 1)) if enough else None,
+        jaccard=shared / (2 * k - shared),
+        chance=chance / k,
+        p=p,
+        chance_anywhere=anywhere / k,
+        p_anywhere=p_anywhere,
+        halves=float(half),
+        ceiling=float(ceiling),
+        missing=float(ceiling - half),
+        missing_interval=_interval(missing) if enough else None,
+        correlation=float(_agreement(np.stack([a.mean(0), b.mean(0)]), k)[1, 0, 1]),
+        halves_correlation=float(half_correlation),
+        ceiling_correlation=float(ceiling_correlation),
+        clusters=size,
+        halvings=halvings,
+        seed=seed,
+    )
+
+
+def _interval(values: np.ndarray) -> tuple[float, float]:
+    low, high = np.percentile(values, [50 * (1 - CONFIDENCE), 50 * (1 + CONFIDENCE)])
+    return float(low), float(high)
 
 
 def _chance(strata: Sequence[Hashable], top_a: np.ndarray, top_b: np.ndarray, shared: int) -> tuple[float, float]:
@@ -393,6 +419,8 @@ def _masks(parts: PartSet, reference: Replacement) -> dict[str, torch.Tensor]:
     masks: dict[str, torch.Tensor] = {}
     for kind, layer, index in parts:
         hook = f"blocks.{layer}.{HOOKS[kind]}"
+        if reference[hook].ndim != (2 if kind == "heads" else 1):
+            raise StoneyError(f"{hook}: what stands in must be the same at all positions; use stand_in, means or zeros")
         shape = {"heads": (*reference[hook].shape[:-1], 1), "mlps": (1,), "neurons": reference[hook].shape}[kind]
         masks.setdefault(hook, torch.zeros(shape, dtype=torch.bool))[index] = True
     return masks
@@ -454,6 +482,7 @@ def matrix(
     sets: Mapping[str, PartSet],
     reference: Replacement,
     *,
+    without: PartSet | None = None,
     draws: int = 100,
     few: int = 4,
     batch_size: int = ROWS_PER_PASS,
@@ -462,8 +491,9 @@ def matrix(
     """Knock out each of ``sets`` and ``draws`` random sets like it, and measure every family: its reporting pairs.
 
     A set is measured in all pairs, a random one in ``few`` pairs of each family: that is what time allows, and 100 sets of
-    4 say more about sets than 5 of 80. Each draws its pairs anew, so that all take part equally. Rows of the matrix don't
-    depend on one another: with ``sets`` of one family the result has that row, the same numbers as among others.
+    4 say more about sets than 5 of 80. Each draws its pairs anew, so that all take part equally. ``without``: parts that no
+    random set has either, if ``sets`` were chosen without them. Rows of the matrix don't depend on one another: with
+    ``sets`` of one family the result has that row, the same numbers as among others.
     Raises ``StoneyError`` as ``knock_out``, for a family without pairs and for no draws.
     """
     if empty := [name for name, pairs in families.items() if not pairs]:
@@ -471,51 +501,74 @@ def matrix(
     if draws < 1 or few < 1:
         raise StoneyError(f"draws={draws}, few={few}: expected at least one random set and one pair")
     pairs = [pair for family in families.values() for pair in family]
-    starts = dict(zip(families, np.cumsum([0, *map(len, families.values())]).tolist(), strict=False))
-    drawn = {name: _drawn(len(family), draws, few, _rng(seed, name)) for name, family in families.items()}
-    m_clean = _m_clean(model, pairs, batch_size)
-    m_corrupt = -_m_clean(model, [swapped(pair) for pair in pairs], batch_size)
+    sizes = [len(family) for family in families.values()]
+    starts = np.cumsum([0, *sizes[:-1]]).tolist()
+    drawn = {name: _drawn(size, draws, few, _rng(seed, name)) for name, size in zip(families, sizes, strict=True)}
+    jobs = [_jobs(*place, of) for *place, of in zip(starts, sizes, drawn.values(), strict=True)]
+    flat = [job for family in jobs for job in family]
+    m_clean, m_corrupt = _m_both(model, pairs, batch_size)
     own, random, random_sets = {}, {}, {}
     for ablated, parts in sets.items():
         rng = _rng(seed, f"sets like {ablated}")
-        random_sets[ablated] = [matched(parts, model, rng) for _ in range(draws)]
-        jobs = [(pair, 0) for pair in range(len(pairs))]
-        jobs += [
-            (starts[name] + pair, 1 + number)
-            for name in families
-            for number, row in enumerate(drawn[name].tolist())
-            for pair in row
-        ]
-        without = _m_without(
-            model, pairs, [parts, *random_sets[ablated]], reference, jobs, batch_size, progress=f"without {ablated}"
+        random_sets[ablated] = [matched(parts, model, rng, without=without) for _ in range(draws)]
+        remaining = _m_without(
+            model, pairs, [parts, *random_sets[ablated]], reference, flat, batch_size, progress=f"without {ablated}"
         )
-        lost = m_clean[[pair for pair, _ in jobs]] - without
-        whole, rest = lost[: len(pairs)], lost[len(pairs) :].split([drawn[name].size for name in families])
-        own[ablated] = dict(zip(families, whole.split([len(family) for family in families.values()]), strict=True))
-        random[ablated] = {name: part.view(drawn[name].shape) for name, part in zip(families, rest, strict=True)}
-    sizes = [len(family) for family in families.values()]
+        lost = m_clean[[pair for pair, _ in flat]] - remaining
+        by_family = dict(zip(families, lost.split([len(family) for family in jobs]), strict=True))
+        own[ablated] = {name: by_family[name][: len(family)] for name, family in families.items()}
+        random[ablated] = {
+            name: by_family[name][len(family) :].view(drawn[name].shape) for name, family in families.items()
+        }
     return Losses(
-        own, random, drawn,
-        dict(zip(families, m_clean.split(sizes), strict=True)), dict(zip(families, m_corrupt.split(sizes), strict=True)),
-        {name: [pair.cluster for pair in family] for name, family in families.items()}, dict(sets), random_sets,
-    )  # fmt: skip
+        own=own,
+        random=random,
+        drawn=drawn,
+        clean=dict(zip(families, m_clean.split(sizes), strict=True)),
+        corrupt=dict(zip(families, m_corrupt.split(sizes), strict=True)),
+        clusters={name: [pair.cluster for pair in family] for name, family in families.items()},
+        sets=dict(sets),
+        random_sets=random_sets,
+    )
 
 
-def matched(parts: PartSet, model: HookedModel, rng: np.random.Generator) -> PartSet:
+def _jobs(start: int, size: int, drawn: np.ndarray) -> list[tuple[int, int]]:
+    """(pair, set) of a family whose pairs begin at ``start``: set 0 in all of them, the others where they are drawn."""
+    own = [(start + pair, 0) for pair in range(size)]
+    return own + [(start + pair, 1 + number) for number, row in enumerate(drawn.tolist()) for pair in row]
+
+
+def _m_both(model: HookedModel, pairs: Sequence[PromptPair], batch_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """m on the clean and on the corrupt prompts [pair]. The corrupt one is minus the swapped pair's on its clean one."""
+    mirrored = [swapped(pair) for pair in pairs]
+    distinct = list(dict.fromkeys([*pairs, *mirrored]))
+    place = {pair: number for number, pair in enumerate(distinct)}
+    m = _m_clean(model, distinct, batch_size)
+    return m[[place[pair] for pair in pairs]], -m[[place[pair] for pair in mirrored]]
+
+
+def matched(parts: PartSet, model: HookedModel, rng: np.random.Generator, *, without: PartSet | None = None) -> PartSet:
     """A random set with as many heads and neurons in each layer, and as many MLPs (a layer has only one).
 
-    None of ``parts`` is in it where there are enough others.
+    None of ``parts`` is in it where there are enough others that are not in ``without``.
     """
     places = {"heads": range(model.n_heads), "mlps": range(model.n_layers), "neurons": range(model.d_mlp)}
-    own: dict[tuple[str, int], set[int]] = defaultdict(set)
-    for kind, layer, index in parts:
-        own[_stratum(kind, layer)].add(layer if kind == "mlps" else index)
+    own, left_out = _by_stratum(parts), _by_stratum(without or ())
     chosen = []
     for (kind, layer), taken in own.items():
-        free = rng.permutation([place for place in places[kind] if place not in taken])
+        closed = taken | left_out[kind, layer]
+        free = rng.permutation([place for place in places[kind] if place not in closed])
         for place in [*free, *rng.permutation(sorted(taken))][: len(taken)]:
             chosen.append((kind, place, 0) if kind == "mlps" else (kind, layer, place))
     return part_set(chosen)
+
+
+def _by_stratum(parts: Iterable[tuple[str, int, int]]) -> dict[tuple[str, int], set[int]]:
+    """The places that ``parts`` have in each stratum: of an MLP the layer, of others the index in the layer."""
+    places: dict[tuple[str, int], set[int]] = defaultdict(set)
+    for kind, layer, index in parts:
+        places[_stratum(kind, layer)].add(layer if kind == "mlps" else index)
+    return places
 
 
 def _rng(seed: int, name: str) -> np.random.Generator:
@@ -635,10 +688,11 @@ def interactions(losses: Losses, *, seed: int) -> dict[tuple[str, str], Interact
 
     Interval and p are ``significance.effects`` over the clusters of both families' reporting pairs. The value is a sum of
     two means; each pair enters as value + N/n_F (d - mean d), with d its own difference, n_F the pairs of its family and
-    N of both: the mean is the sum of the means, and the two families' unlike means are not taken for scatter.
+    N of both (and a factor near 1, see ``_deviations``): the mean is the sum of the means, and that the two families'
+    means are unlike is not taken for scatter.
     """
     found: dict[tuple[str, str], dict | None] = {}
-    for a, b in combinations(losses.own, 2):
+    for a, b in combinations([name for name in losses.own if name in losses.clean], 2):
         found[a, b] = _interaction(losses, a, b, seed)
     tested = [key for key, one in found.items() if one is not None and one["p"] is not None]
     corrected = dict(zip(tested, _false_discovery([found[key]["p"] for key in tested]), strict=True))
@@ -649,7 +703,8 @@ def interactions(losses: Losses, *, seed: int) -> dict[tuple[str, str], Interact
             continue
         error, q = one.pop("error"), corrected.get(key)
         is_found = q is not None and q <= significance.LEVEL and one["value"] > one["floor"]
-        detectable = None if q is None else _detectable(error, one["clusters"], len(tested), one["floor"])
+        reach = None if one["low"] is None else one["value"] - one["low"]
+        detectable = _detectable(reach, error, one["clusters"], len(tested), one["floor"])
         finished[key] = Interaction(**one, q=q, found=is_found, detectable=detectable)
     return finished
 
@@ -660,16 +715,16 @@ def _interaction(losses: Losses, a: str, b: str, seed: int) -> dict | None:
     of_a = losses.share(a, a) - losses.share(b, a)
     of_b = losses.share(b, b) - losses.share(a, b)
     value, n = of_a.mean() + of_b.mean(), len(of_a) + len(of_b)
-    centred = np.concatenate([n / len(of_a) * (of_a - of_a.mean()), n / len(of_b) * (of_b - of_b.mean())])
-    labels = losses.clusters[a] + losses.clusters[b]
+    labels_a, labels_b = losses.clusters[a], losses.clusters[b]
+    centred = np.concatenate([n * _deviations(of_a, labels_a), n * _deviations(of_b, labels_b)])
+    labels = [*labels_a, *labels_b]
     result = significance.effects((value + centred)[:, None], labels, seed=seed)
     low, high, p = (None if array is None else float(array[0]) for array in (result.low, result.high, result.p))
     sums: dict[str, float] = defaultdict(float)
     for label, part in zip(labels, centred, strict=True):
         sums[label] += part
-    random = (losses.random_means(a, a) - losses.random_means(b, a)) + (
-        losses.random_means(b, b) - losses.random_means(a, b)
-    )
+    random = losses.random_means(a, a) - losses.random_means(b, a)
+    random += losses.random_means(b, b) - losses.random_means(a, b)
     return {
         "value": float(value), "a": float(of_a.mean()), "b": float(of_b.mean()), "low": low, "high": high, "p": p,
         "floor": max(0.0, float(np.percentile(random, 95))), "n": n, "clusters": result.clusters, "draws": len(random),
@@ -677,14 +732,25 @@ def _interaction(losses: Losses, a: str, b: str, seed: int) -> dict | None:
     }  # fmt: skip
 
 
-def _detectable(error: float, clusters: int, tests: int, floor: float) -> float | None:
-    """The effect that is found with a power of 80 %: beyond the critical t at 0.05 / tests, and beyond the floor."""
+def _deviations(values: np.ndarray, labels: Sequence[Hashable]) -> np.ndarray:
+    """What each pair adds to the mean's error [pair]: (d - mean d) / n. Its own mean is nearer to a sample than the true
+    one is, which C / (C - 1) of its clusters makes up for, as in any variance."""
+    units = len(set(labels))
+    return (values - values.mean()) / len(values) * (units / max(units - 1, 1)) ** 0.5
+
+
+def _detectable(reach: float | None, error: float, clusters: int, tests: int, floor: float) -> float | None:
+    """The effect that is found with a power of 80 %: beyond what decides, by what four of five samples reach.
+
+    What decides is the floor or the interval's lower half, ``reach``, made longer for ``tests`` tests: wider than the
+    standard error ``error`` alone would have it, as the interval is cautious.
+    """
     from scipy.stats import t
 
-    if error == 0:
+    if reach is None or not reach > 0:
         return None
-    beyond = t.ppf(POWER, clusters - 1) * error
-    return float(beyond + max(t.isf(significance.LEVEL / tests / 2, clusters - 1) * error, floor))
+    longer = t.isf(significance.LEVEL / tests / 2, clusters - 1) / t.isf(significance.LEVEL / 2, clusters - 1)
+    return float(max(longer * reach, floor) + t.ppf(POWER, clusters - 1) * error)
 
 
 # 7. True patching

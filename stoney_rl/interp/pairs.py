@@ -114,7 +114,8 @@ def over_pairs(
     measure: Callable[[list[int], PairBatch], dict[str, torch.Tensor]],
     what: str = "pairs",
 ) -> dict[str, torch.Tensor]:
-    """What ``measure`` gives for each batch of at most ``size`` pairs, put together: [pair, ...] in the order of ``pairs``.
+    """What ``measure`` gives for each batch of at most ``size`` pairs, put together: [pair, ...] in the order of
+    ``pairs``.
 
     ``measure``: the pairs' positions in ``pairs`` and their batch -> tensors [pair, ...]; they are taken to the CPU.
     ``what``: on the progress bar. Raises ``StoneyError`` without a pair.

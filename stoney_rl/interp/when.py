@@ -7,33 +7,36 @@
     doubles = [scrambled_before_end(tokenizer, form, random.Random(form)) or form for form in forms]
     built = word_assembly(model, forms, doubles, seed=0)                     # a form without a double is left out
 
-1. Decision: logit lens (or tuned lens, arXiv 2303.08112) of the clean prompt's last token at every layer: log-probability
-   of both answers, entropy, and the first layer from which on the answer, or the top token, stays (see lens).
-2. Cost: the sum of -log p over the whole answer's tokens, each given the clean prompt and the true tokens before, over the
-   UTF-8 bytes of its text. How a tokenizer cuts the answer is in the sum, where it belongs, and not in what it is divided
-   by. The token that ends the answer is no text and doesn't count. A pair's ratio is for comparing pairs; the cost of a
-   family is the sum of nats over the sum of bytes.
+1. Decision: logit lens (or tuned lens, arXiv 2303.08112) of the clean prompt's last token at every layer:
+   log-probability of both answers, entropy, and the first layer from which on the answer, or the top token, stays (see
+   lens).
+2. Cost: the sum of -log p over the whole answer's tokens, each given the clean prompt and the true tokens before, over
+   the UTF-8 bytes of its text. How a tokenizer cuts the answer is in the sum, where it belongs, and not in what it is
+   divided by. The token that ends the answer is no text and doesn't count. A pair's ratio is for comparing pairs; the
+   cost of a family is the sum of nats over the sum of bytes.
 3. Guesses (Wendler et al., arXiv 2402.10588, figure 2): before the answer's first token, the lens's probability of the
-   tokens that the answer's English meaning may begin with, of the answer's own first token, and of the meanings of other
-   prompts (the control). Also how many of its ten likeliest tokens are English words, and how many are pieces of the
-   language's words.
+   tokens that the answer's English meaning may begin with, of the answer's own first token, and of the meanings of
+   other prompts (the control) and of the prompt's other meaning (the rival). Also how many of its ten likeliest tokens
+   are English words, and how many are pieces of the language's words.
 4. Assembly (Kaplan et al., arXiv 2410.05864, figure 2): from which layer on a probe tells real words of three or more
    tokens from their doubles (the same letters in another order, as many tokens) at the word's last token, and in its
    middle. Control labels and folds by lexeme: see probes (Hewitt and Liang, arXiv 1909.03368).
 
 What can't be concluded:
-- Guesses: in a lookup the English key stands in the prompt right before the answer, and any model may repeat it. The same
-  measure on English lookups (key and answer English, the key as 'meaning') is what repetition alone gives; only what a
-  language has above that can be read as passing through English. Wendler et al. leave out words that contain their
-  English translation, and sum over all prefixes of a word that are tokens; here it is the tokens that it does begin
-  with, so that a lone letter does not count for every word. The plain lens reads early layers badly: in SmolLM2 the lens is sure of some other
-  token up to layer 24 of 30, so little probability there is no evidence of none; a tuned lens reads more.
+- Guesses: in a lookup the English key stands in the prompt right before the answer, and any model may repeat it. The
+  rival stands there too, but is not what is asked for; so it takes off part of the repetition, not all. The same
+  measure on English lookups (key and answer English, the key as 'meaning') is what repetition alone gives; only
+  what a language has above that can be read as passing through English. Wendler et al. leave out words that contain
+  their English translation, and sum over all prefixes of a word that are tokens; here it is the tokens that it does
+  begin with, so that a lone letter does not count for every word. The plain lens reads early layers badly: in SmolLM2
+  the lens is sure of some other token up to layer 24 of 30, so little probability there is no evidence of none; a tuned
+  lens reads more.
 - 'English' tokens are ASCII words with their space: other languages in that alphabet and names in code are among them.
-- Assembly: doubles that end in other tokens are told apart by spelling alone, at layer 0; ``scrambled_before_end`` makes
-  doubles of which that is not so. Above layer 0, a model with random weights tells many from their doubles too: it mixes
-  the letters before, and words share affixes (one form a lexeme has less of that). Only what a trained model has above a
-  random one is put together by what it learnt. A probe finds what is there to be read, not what the model reads. Kaplan
-  et al. shuffle tokens, not letters, and ask the nearest neighbours in place of a straight cut.
+- Assembly: doubles that end in other tokens are told apart by spelling alone, at layer 0; ``scrambled_before_end``
+  makes doubles of which that is not so. Above layer 0, a model with random weights tells many from their doubles too:
+  it mixes the letters before, and words share affixes (one form a lexeme has less of that). Only what a trained model
+  has above a random one is put together by what it learnt. A probe finds what is there to be read, not what the model
+  reads. Kaplan et al. shuffle tokens, not letters, and ask the nearest neighbours in place of a straight cut.
 - Cost: a family's answers must have about as many bytes, as a line's end or a quote is nearly free and shares in them.
 """
 
@@ -155,7 +158,7 @@ class Cost:
 
 
 def cost(model: HookedModel, pairs: Sequence[PromptPair], *, batch_size: int = BATCH) -> Cost:
-    """Teacher-forced cost of the pairs' answers; pairs that ``make_pair`` made hold them. See the module's docstring."""
+    """Teacher-forced cost of the pairs' answers, which pairs of ``make_pair`` hold; see the module's docstring."""
     answers = [pair.answer_ids[:-1] if pair.texts[2] else () for pair in pairs]  # without what ends them
     # The last token of an answer is only predicted; nothing follows from it.
     inputs = [(*pair.prompt, *answer[:-1]) for pair, answer in zip(pairs, answers, strict=True)]
@@ -191,9 +194,10 @@ def _nats(model: HookedModel, inputs: Sequence[Sequence[int]], answers: Sequence
 
 @dataclass(frozen=True)
 class Guesses:
-    """``probability`` float32 [pair, layer + 1, 3]: of the meaning's first tokens together, of the answer's first token,
-    of as many first tokens of other meanings. The meaning is NaN where it is not known, or may begin as the answer does;
-    the control there too, and where no other meaning fits.
+    """``probability`` float32 [pair, layer + 1, 4]: of the meaning's first tokens together, of the answer's first
+    token, and, of as many first tokens, of other prompts' meanings (control) and of the meaning that the pair's other
+    prompt asks for (rival). The meaning is NaN where it is not known, or may begin as the answer does; control and
+    rival there too, and where no other meaning fits.
     ``kinds`` [pair, layer + 1, 3]: shares of the ten likeliest tokens that are English words, pieces of the language's
     words, and both (which tells nothing). ``chance`` [3]: the same shares of the whole vocabulary.
     """
@@ -208,13 +212,18 @@ class Guesses:
         return self.probability[..., 0] - self.probability[..., 2]
 
     @property
+    def above_rival(self) -> torch.Tensor:
+        """Probability of the meaning less that of the rival, float32 [pair, layer + 1]."""
+        return self.probability[..., 0] - self.probability[..., 3]
+
+    @property
     def not_measured(self) -> int:
         """How many pairs have no ``above_control``."""
         return int(self.above_control[:, -1].isnan().sum())
 
 
 def first_tokens(tokenizer: "PreTrainedTokenizerBase", words: Iterable[str]) -> tuple[int, ...]:
-    """The ids that these words may begin with: as they are and capitalised, with and without a space before; ascending."""
+    """The ids that these words may begin with, as they are and capitalised, with and without a space; ascending."""
     spelled = {form for word in words for form in (word, word[:1].upper() + word[1:])}
     texts = [space + form for form in spelled for space in ("", " ")]
     return tuple(sorted({tokenizer(text, add_special_tokens=False)["input_ids"][0] for text in texts}))
@@ -235,18 +244,19 @@ def guesses(
     ``meanings``: of each pair, the ``first_tokens`` of what its answer means; empty where that is not known. ``forms``:
     the language's words, whose tokens are looked for. The control of a pair is the mean over up to four meanings of as
     many tokens, drawn by ``seed`` from pairs of other clusters, that share no token with its meaning, its answer or its
-    prompt: what stands in the prompt is raised by repetition. Raises ``StoneyError`` without a pair, for meanings that
+    prompt: what stands in the prompt is raised by repetition. The rival is the same of its own cluster, where pairs
+    come with their ``swapped`` ones, and stands in the prompt too. Raises ``StoneyError`` without a pair, for meanings that
     don't fit the pairs, and for a tuned lens of another model.
     """
     if len(meanings) != len(pairs):
         raise StoneyError(f"guesses: {len(meanings)} meanings for {len(pairs)} pairs; give one for each, () if unknown")
     answers = [pair.answer_ids[0] if pair.answer_ids else pair.answer for pair in pairs]
     meanings = [() if answer in meaning else tuple(meaning) for answer, meaning in zip(answers, meanings, strict=True)]
-    controls = _controls(pairs, answers, meanings, seed)
+    compared = _comparisons(pairs, answers, meanings, seed)
     kinds = _kinds(model, forms)
 
     def measure(rows: list[int], batch: PairBatch) -> dict[str, torch.Tensor]:
-        sets = [[[meanings[row]], [(answers[row],)], controls[row]] for row in rows]
+        sets = [[[meanings[row]], [(answers[row],)], *compared[row]] for row in rows]
         targets, weights = _targets(sets)
         prompts = left_padded([pairs[row].prompt for row in rows], model.pad_token_id)
         reading = logit_lens(model, prompts, targets=targets, top_k=TOP, tuned=tuned, ranks=False)
@@ -261,19 +271,23 @@ def guesses(
     return Guesses(**found, chance=kinds.mean(0))
 
 
-def _controls(
+def _comparisons(
     pairs: Sequence[PromptPair], answers: Sequence[int], meanings: Sequence[tuple[int, ...]], seed: int
-) -> list[list[tuple[int, ...]]]:
+) -> list[tuple[list[tuple[int, ...]], list[tuple[int, ...]]]]:
+    """Of each pair, the meanings that are its control, and those that are its rivals."""
     draw = random.Random(f"guesses {seed}")
     chosen = []
     for pair, answer, meaning in zip(pairs, answers, meanings, strict=True):
-        taken = {answer, *meaning, *pair.clean}
         fitting = {
-            other
+            (stranger.cluster == pair.cluster, other)
             for stranger, other in zip(pairs, meanings, strict=True)
-            if other and len(other) == len(meaning) and stranger.cluster != pair.cluster and taken.isdisjoint(other)
+            if other and len(other) == len(meaning) and not {answer, *meaning}.intersection(other)
         }
-        chosen.append(draw.sample(sorted(fitting), min(CONTROLS, len(fitting))))
+        rivals = sorted(other for is_near, other in fitting if is_near)
+        strangers = sorted(
+            other for is_near, other in fitting if not is_near and not set(pair.clean).intersection(other)
+        )
+        chosen.append((draw.sample(strangers, min(CONTROLS, len(strangers))), rivals))
     return chosen
 
 
@@ -295,7 +309,7 @@ def _targets(sets: Sequence[Sequence[Sequence[Sequence[int]]]]) -> tuple[torch.T
 
 
 def _kinds(model: HookedModel, forms: Iterable[str]) -> torch.Tensor:
-    """Of each id, whether it is an English word, a piece of ``forms``, or both: one-hot or zero, float32 [d_vocab, 3]."""
+    """Whether each id is an English word, a piece of ``forms``, or both: one-hot or zero, float32 [d_vocab, 3]."""
     pieces = token_bytes(model.tokenizer, range(model.d_vocab))
     english = torch.tensor([bool(_ENGLISH_WORD.fullmatch(piece)) for piece in pieces])
     texts = [space + form for form in forms for space in ("", " ")]
@@ -312,8 +326,9 @@ def _kinds(model: HookedModel, forms: Iterable[str]) -> torch.Tensor:
 class Assembly:
     """Of each word with its double, float32 [word, layer, place], places as PLACES (last token, middle token):
     ``correct``, the share of the two that the probe tells right (chance 0.5), and ``control_correct``, the same of a
-    probe that learns random labels. ``layers``: which; 0 is the embedding. ``kept``: the words' places in what was given,
-    ``clusters``: their lexemes. ``left_out``: how many words had no fitting double or fewer than three tokens."""
+    probe that learns random labels. ``layers``: which; 0 is the embedding. ``kept``: the words' places in what was
+    given, ``clusters``: their lexemes. ``left_out``: how many words had no fitting double or fewer than three
+    tokens."""
 
     correct: np.ndarray
     control_correct: np.ndarray
@@ -335,8 +350,8 @@ class Assembly:
 def scrambled_before_end(tokenizer: "PreTrainedTokenizerBase", form: str, draw: random.Random) -> str | None:
     """``form`` with its letters in another order, but for those of its last token: as many tokens, the same one last.
 
-    So the last token's own spelling tells nothing, and at layer 0 the probe of ``word_assembly`` is right half the time,
-    exactly. None if a hundred orders hold no such double.
+    So the last token's own spelling tells nothing, and at layer 0 the probe of ``word_assembly`` is right half the
+    time, exactly. None if a hundred orders hold no such double.
     """
     encode = text_encoder(tokenizer)
     real, letters = encode(CONTEXT, " " + form)[1][:-1], regex.findall(r"\X", form)
@@ -367,12 +382,13 @@ def word_assembly(
     layers: Sequence[int] | None = None,
     batch_size: int = 64,
 ) -> Assembly:
-    """Probe for 'a word of the language, or scrambled' at each word's last and middle token; see the module's docstring.
+    """Probe for 'a word of the language, or scrambled' at each word's last and middle token; see the module's
+    docstring.
 
-    ``others``: the words' doubles, in the words' order. ``lexemes``: what words belong to, the folded form if not given;
-    no lexeme is in two folds. ``layers``: every other one and the last, if not given; 0 comes first in any case. The
-    middle of n tokens is number (n - 1) // 2 from 0. Raises ``StoneyError`` for lists that don't fit, layers that the
-    model hasn't, and fewer than five lexemes that can be used.
+    ``others``: the words' doubles, in the words' order. ``lexemes``: what words belong to, the folded form if not
+    given; no lexeme is in two folds. ``layers``: every other one and the last, if not given; 0 comes first in any case.
+    The middle of n tokens is number (n - 1) // 2 from 0. Raises ``StoneyError`` for lists that don't fit, layers that
+    the model hasn't, and fewer than five lexemes that can be used.
     """
     lexemes = [fold(word) for word in words] if lexemes is None else list(lexemes)
     if not len(words) == len(others) == len(lexemes):

@@ -5,9 +5,9 @@
     attention_span(model, pairs)["last_distance"]          # [pair, layer, head]
 
 1. An occurrence: a place in the clean prompt at which the answer's words stand as whole words, in the answer's tokens.
-2. Token copying: attention of the last position to the token of each occurrence that comes next in the answer (the token
-   an induction head looks at, arXiv 2209.11895). Concept copying: to the last token of each occurrence, where a word is
-   put together (Feucht et al., arXiv 2504.03022, section 3).
+2. Token copying: attention of the last position to the token of each occurrence that comes next in the answer (the
+   token an induction head looks at, arXiv 2209.11895). Concept copying: to the last token of each occurrence, where a
+   word is put together (Feucht et al., arXiv 2504.03022, section 3).
 3. The same to the wrong answer's occurrences; the difference is what the head does about the answer, not about words at
    such places. A head that looks at everything evenly has 0.
 4. Span: of the last position and on average over all, mean distance in tokens, attention to the first token (sink), and
@@ -17,8 +17,8 @@ What ours does otherwise than Feucht et al.: they repeat random tokens with an e
 before it, and weight attention by the size of the values; ours are the pairs' own prompts and plain attention, as the
 wrong answer's places stand beside (a head that looks there without moving anything does so at both). And where both
 answers begin alike, a part of the answer already stands at the prompt's end: ``started`` tells how many tokens, and the
-token route is then helped by them. In a word of two or three tokens the routes lie close together. Attention shows where
-a head looks, not what that does: ablate the heads that it points at.
+token route is then helped by them. In a word of two or three tokens the routes lie close together. Attention shows
+where a head looks, not what that does: ablate the heads that it points at.
 """
 
 from collections.abc import Sequence
@@ -42,12 +42,12 @@ SPANS = ("distance", "sink", "entropy")
 
 @dataclass(frozen=True)
 class Copying:
-    """``attention`` float32 [pair, layer, head, route, word]: of the last position to all occurrences together; routes as
-    ROUTES, words: the answer and the wrong one. ``occurrences`` int64 [pair, word]. ``started`` int64 [pair]: tokens of
-    the answer that the prompt ends with.
+    """``attention`` float32 [pair, layer, head, route, word]: of the last position to all occurrences together; routes
+    as ROUTES, words: the answer and the wrong one. ``occurrences`` int64 [pair, word]. ``started`` int64 [pair]: tokens
+    of the answer that the prompt ends with.
 
-    NaN: a word that does not occur (or whose tokens aren't known), or has no such token left; for the concept route also
-    both words where one of them has no token behind the next one: there the routes are one.
+    NaN: a word that does not occur (or whose tokens aren't known), or has no such token left; for the concept route
+    also both words where one of them has no token behind the next one: there the routes are one.
     """
 
     attention: torch.Tensor
