@@ -37,6 +37,7 @@ TYPES = {
     "reward_model": "a reward model, from train_reward_model.py",
     "evaluation": "results, from evaluate_model.py",
     "analysis": "results, from analyze_with_tlens.py",
+    "comparison": "results, from compare_reasoning.py",
     "sample": "a few bytes, from wandb_sample.py",
 }
 # What a flag takes: a model to train on, any model that answers, rows, a reward.

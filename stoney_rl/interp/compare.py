@@ -54,7 +54,7 @@ class Settings:
 
 
 FULL = Settings()
-QUICK = Settings(couples=24, localised=8, reported=12, draws=20, few=2, patched=3, words=60, closed=16, tuned=False)
+QUICK = Settings(couples=24, localised=12, reported=12, draws=20, few=2, patched=3, words=60, closed=16, tuned=False)
 
 
 @dataclass(frozen=True)
@@ -176,9 +176,9 @@ def measure_localise(model: HookedModel, plan: Plan, done: dict[str, Measured]) 
     return Measured(arrays=arrays)
 
 
-def sets_of(measured: Measured, names: Sequence[str], kind: str) -> dict[str, PartSet]:
+def sets_of(measured: Measured, names: Sequence[str], kind: str, without: PartSet | None = None) -> dict[str, PartSet]:
     """Each family's strongest parts, from what ``measure_localise`` gave."""
-    return {name: localise.strongest(values_of(measured, name), KINDS[kind]) for name in names}
+    return {name: localise.strongest(values_of(measured, name), KINDS[kind], without=without) for name in names}
 
 
 def values_of(measured: Measured, family: str) -> dict[str, torch.Tensor]:
@@ -202,17 +202,19 @@ def _knocked_out(
 ) -> Measured:
     """own/<A>/<B> [pair of B], random/<A>/<B> [set, pair], clean/<B>, corrupt/<B> [pair]; facts: the sets."""
     reporting = {name: plan.reporting(name) for name in names}
-    sets = sets_of(done["localise"], names, kind)
+    everyones = localise.common(sets_of(done["localise"], names, kind).values())
+    sets = sets_of(done["localise"], names, kind, without=everyones)
     stand_in = localise.stand_in(model, {name: plan.choosing(name) for name in names}, batch_size=plan.batch_size)
     losses = localise.matrix(
-        model, reporting, sets, stand_in,
+        model, reporting, sets, stand_in, without=everyones,
         draws=plan.settings.draws, few=plan.settings.few, batch_size=plan.batch_size, seed=plan.seed,
     )  # fmt: skip
     arrays = {f"clean/{name}": losses.clean[name].numpy() for name in names}
     arrays |= {f"corrupt/{name}": losses.corrupt[name].numpy() for name in names}
     for which, table in (("own", losses.own), ("random", losses.random)):
         arrays |= {f"{which}/{a}/{b}": table[a][b].numpy() for a in names for b in names}
-    return Measured({"sets": {name: [list(part) for part in parts] for name, parts in sets.items()}}, arrays)
+    facts = {name: [list(part) for part in parts] for name, parts in sets.items()}
+    return Measured({"sets": facts, "common": [list(part) for part in everyones]}, arrays)
 
 
 def losses_of(measured: Measured, plan: Plan) -> localise.Losses:
@@ -266,7 +268,7 @@ def measure_guesses(model: HookedModel, plan: Plan, done: dict[str, Measured]) -
 
 
 def _guessed(model: HookedModel, plan: Plan, tuned: tuned_lens.TunedLens | None) -> Measured:
-    """Of families whose answers are words: probability, kinds [pair, layer + 1, 3] (when.guesses), on the reporting half. Facts: chance."""
+    """Of families whose answers are words: probability [pair, layer + 1, 4], kinds [pair, layer + 1, 3] (when.guesses), on the reporting half. Facts: chance."""
     arrays, facts = {}, {}
     for name in plan.localised:
         known = dict(zip(plan.families[name].pairs, plan.families[name].meanings, strict=True))

@@ -155,7 +155,7 @@ def _pivot(numbers: Mapping) -> "Figure":
     curves = numbers["curves"]
     figure = new_figure(10, 3)
     panels = figure.subplots(1, 3)
-    titles = ("English meaning, above other meanings", "first token of the answer", "English words among ten guesses")
+    titles = ("English meaning, above the other word's", "first token of the answer", "English words among ten guesses")
     for name, one in curves.items():
         for panel, values in zip(panels, (one["meaning"], one["answer"], np.asarray(one["kinds"])[:, 0]), strict=True):
             panel.plot(values, label=SHORT.get(name, name), **_style(name))

@@ -146,8 +146,8 @@ def shared_parts(plan: Plan, measured: Models, floor: Mapping[str, Measured] | N
         base = _floor_overlap(plan, floor, kind) if model == main else {}
         rows = [
             [
-                f"{_label(a)}, {_label(b)}", f"{one.share:.2f} {_bounds(one.share_low, one.share_high)}", f"{one.chance:.2f}", f"{one.p:.2g}",
-                f"{one.ceiling:.2f}", f"{one.missing:+.2f} {_bounds(one.low, one.high)}", f"{one.correlation:.2f}",
+                f"{_label(a)}, {_label(b)}", f"{one.share:.2f} {_bounds(*one.share_interval or (None, None))}", f"{one.chance:.2f}", f"{one.p:.2g}",
+                f"{one.ceiling:.2f}", f"{one.missing:+.2f} {_bounds(*one.missing_interval or (None, None))}", f"{one.correlation:.2f}",
                 f"{base[a, b]:.2f}" if (a, b) in base else "–",
             ]
             for (a, b), one in found.items()
@@ -193,12 +193,12 @@ def _overlap_sentence(plan: Plan, found: Mapping, kind: str, k: int) -> str:
         if plan.reference in (a, b) and not {a, b} & set(CONTROLS):
             other = b if a == plan.reference else a
             verdict = (
-                "no interval with so few couples" if one.low is None
-                else "fewer than its own pairs share with each other" if one.low > 0
+                "no interval with so few couples" if one.missing_interval is None
+                else "fewer than its own pairs share with each other" if one.missing_interval[0] > 0
                 else "as many as its own pairs share with each other, within the interval"
             )  # fmt: skip
             parts.append(
-                f"{one.share * k:.0f} with {_label(other)} (chance {one.chance * k:.1f}; {verdict}: {one.missing:+.0%} {_bounds(one.low, one.high, '.0%')} missing)"
+                f"{one.share * k:.0f} with {_label(other)} (chance {one.chance * k:.1f}; {verdict}: {one.missing:+.0%} {_bounds(*one.missing_interval or (None, None), '.0%')} missing)"
             )
     return f"Same {what}? Of the {k} strongest for {_label(plan.reference)}, it shares " + "; ".join(parts) + "."
 
@@ -294,7 +294,7 @@ def tokens_or_language(plan: Plan, own: Mapping[str, Measured]) -> dict | None:
         [
             f"{_label(a)}, {_label(b)}",
             f"{each.share:.2f}",
-            f"{each.missing:+.2f} {_bounds(each.low, each.high)}",
+            f"{each.missing:+.2f} {_bounds(*each.missing_interval or (None, None))}",
             f"{each.correlation:.2f}",
         ]
         for (a, b), each in one.items()
@@ -371,7 +371,7 @@ def depth(plan: Plan, measured: Models, floor: Mapping[str, Measured] | None, ma
 
 
 def pivot(plan: Plan, own: Mapping[str, Measured], floor: Mapping[str, Measured] | None) -> dict:
-    """Probability of the English meaning above other meanings, by layer; the language's families less the English one."""
+    """Probability of the English meaning above the other asked word's, by layer; the language's families less the English one."""
     task = own["tuned"] if "tuned" in own else own["guesses"]
     curves, rows, numbers, parts = {}, [], {}, []
     english = _above(task, "english")
@@ -409,11 +409,11 @@ def pivot(plan: Plan, own: Mapping[str, Measured], floor: Mapping[str, Measured]
                 else f", {_value(beyond, '+.3f')} beyond English at that layer{_unseen(beyond, '.3f')}"
             )
             parts.append(
-                f"{_label(name)}: at layer {layer} the English meaning has a probability of {_value(peak, '.3f')} above other meanings{more}"
+                f"{_label(name)}: at layer {layer} the English meaning is more likely than the other word of the prompt by {_value(peak, '.3f')}{more}"
             )
     return _section(
         "pivot", "Does the answer pass through English?", [f"Through English? {'; '.join(parts)}. In these prompts the English word stands right before the answer, so only what English itself does not show counts."],
-        tables=[_table("English meaning among the guesses, where it is strongest", ["family", "layer", "probability above other meanings", "beyond English", "would have been seen"], rows)],
+        tables=[_table("English meaning among the guesses, where it is strongest", ["family", "layer", "probability above the other word's", "beyond English", "would have been seen"], rows)],
         numbers={"peaks": numbers, "curves": curves},
         tells="whether, before it writes a word of the language, the model holds its English meaning likely at middle layers, more than an English prompt makes it.",
         cannot="more than that: repetition of the word in the prompt looks the same, and what the lens can't read is not seen. Without the English family as control nothing follows.",
@@ -423,7 +423,7 @@ def pivot(plan: Plan, own: Mapping[str, Measured], floor: Mapping[str, Measured]
 
 def _above(task: Measured, name: str) -> np.ndarray | None:
     found = task.arrays.get(f"{name}/probability")
-    return None if found is None else found[..., 0] - found[..., 2]
+    return None if found is None else found[..., 0] - found[..., 3]
 
 
 def assembly(own: Mapping[str, Measured], floor: Mapping[str, Measured] | None) -> dict:
