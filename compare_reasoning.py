@@ -45,7 +45,7 @@ WIDTH = 100  # of summary.txt
 FAMILIES = ("lexicon", "english", "french", "arithmetic")
 CONTROLS = ("english_split", "lexicon_scrambled", "lexicon_shuffled")
 MAX_TEXT = 160  # tokens of a held-out row
-TEXTS = 96  # held-out rows
+TEXTS = 64  # held-out rows
 # Arguments that change no number.
 NOT_IDENTITY = {"overwrite", "config", "output_dir", "model_path", "compare", "seed_twin", "device"}
 

@@ -396,3 +396,12 @@ def test_a_random_model_has_the_shape_and_not_the_weights(hooked):
     assert torch.equal(twin.run(batch).logits, again.run(batch).logits)
     assert not torch.equal(twin.run(batch).logits, other.run(batch).logits)
     assert not torch.equal(twin.run(batch).logits, hooked.run(batch).logits)
+
+
+@pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
+def test_logits_of_the_last_position_alone_are_those_of_the_whole_pass(architecture):
+    model = hook_model(tiny.model(architecture), tiny.tokenizer())
+    batch = left_padded([[5, 6, 7, 8], [9, 10]], 0)
+    whole, last = model.run(batch).logits, model.run(batch, last=True).logits
+    assert last.shape == (2, 1, 259)
+    torch.testing.assert_close(last[:, 0], whole[:, -1])

@@ -33,7 +33,7 @@ NOT_LOCALISED = ("lexicon_shuffled",)  # its prompts are the lexicon's: what it 
 KINDS = {"components": COMPONENTS, "neurons": NEURONS}
 FLOOR_COUPLES = 16
 FLOOR_TASKS = ("decision", "localise", "copying", "assembly")
-CLOSURE_SIZES, CLOSURE_DRAWS = (1, 4, 8, 16), 10
+CLOSURE_SIZES, CLOSURE_DRAWS = (1, 4, 16), 8
 
 
 @dataclass(frozen=True)
@@ -43,13 +43,13 @@ class Settings:
     ``patched`` single parts in earnest; ``words`` whose assembly is probed; ``closed`` examples, half to choose parts on; whether a ``tuned`` lens is fitted."""
 
     couples: int = 100
-    localised: int = 32
-    reported: int = 32
+    localised: int = 24
+    reported: int = 24
     draws: int = 100
     few: int = 2
     patched: int = 10
     words: int = 200
-    closed: int = 48
+    closed: int = 32
     tuned: bool = True
 
 

@@ -150,12 +150,14 @@ class HookedModel:
         read: Iterable[str] | Mapping[str, Edit] = (),
         edit: Mapping[str, Edit] | None = None,
         stop_at_layer: int | None = None,
+        last: bool = False,
     ) -> Run:
         """One forward pass without gradients; keeps the activations in ``read``, as they are after the edits.
 
         ``read`` as a mapping, hook name -> function: what the function makes of the activation is kept in its place, so
         that a pass over long rows need not hold what is only summed up. ``edit``: hook name -> a function from the activation to its replacement, of the same shape. ``stop_at_layer``:
-        the first layer that is not computed (saves time; no logits then). Raises ``StoneyError`` for a hook that does
+        the first layer that is not computed (saves time; no logits then). ``last``: logits of the last position alone,
+        [row, 1, vocabulary]; the others are a quarter of SmolLM2's pass. Raises ``StoneyError`` for a hook that does
         not exist (with the nearest name), one that does not fire in this model, and an edit that works in place, returns
         nothing or another shape.
         """
@@ -167,7 +169,7 @@ class HookedModel:
         hooks = [(name, _editor(name, function, fired)) for name, function in edit.items()]
         hooks += [(name, _reader(name, function, kept)) for name, function in read.items()]
         with torch.no_grad():
-            out = self._forward(batch, hooks, stop_at_layer)
+            out = self._forward(batch, hooks, stop_at_layer, last)
         self._require_fired([name for name in edit if name not in fired] + [name for name in read if name not in kept])
         return Run(None if stop_at_layer is not None else out, kept)
 
@@ -178,11 +180,12 @@ class HookedModel:
         *,
         at: Iterable[str],
         edit: Mapping[str, Edit] | None = None,
+        last: bool = False,
     ) -> Gradients:
         """``metric(logits)``, a scalar, with its gradient at the hooks ``at``; no parameter gets a gradient.
 
         Edits come first: a gradient is taken at the replaced activation. Rows don't see each other, so the sum of a
-        metric over rows gives every row its own gradient. Raises ``StoneyError`` as ``run``, and where the metric does
+        metric over rows gives every row its own gradient. ``last`` as in ``run``. Raises ``StoneyError`` as ``run``, and where the metric does
         not depend on a hook.
         """
         at, edit = list(dict.fromkeys(at)), dict(edit or {})
@@ -193,7 +196,7 @@ class HookedModel:
         hooks = [(name, _editor(name, function, fired)) for name, function in edit.items()]
         hooks += [(name, _leaf(name, kept, leaves)) for name in at]
         with torch.enable_grad():
-            value = metric(self._forward(batch, hooks, None))
+            value = metric(self._forward(batch, hooks, None, last))
             self._require_fired(
                 [name for name in edit if name not in fired] + [name for name in at if name not in leaves]
             )
@@ -205,11 +208,11 @@ class HookedModel:
                 raise StoneyError(f"{self.name}: the metric does not depend on one of {', '.join(at)}") from error
         return Gradients(value.detach(), kept, dict(zip(at, found, strict=True)))
 
-    def _forward(self, batch: Batch, hooks: list, stop_at_layer: int | None) -> torch.Tensor:
-        batch = batch.to(self.device)
+    def _forward(self, batch: Batch, hooks: list, stop_at_layer: int | None, last: bool) -> torch.Tensor:
+        batch, fewer = batch.to(self.device), {"logits_to_keep": 1} if last else {}
         try:
             return self.bridge.run_with_hooks(
-                batch.ids, fwd_hooks=hooks, attention_mask=batch.mask, stop_at_layer=stop_at_layer
+                batch.ids, fwd_hooks=hooks, attention_mask=batch.mask, stop_at_layer=stop_at_layer, **fewer
             )
         except ValueError as error:
             if not str(error).startswith("Cannot add hook"):

@@ -409,7 +409,7 @@ def _m_without(
     batches = batched([pairs[pair] for pair, _ in jobs], batch_size, model.pad_token_id)
     for chunk, batch in tqdm(batches, desc=progress, unit="batch", delay=3, disable=progress is None):
         edit = _row_edits(reference, [masks[jobs[job][1]] for job in chunk])
-        found[chunk] = batch.difference(model.run(batch.clean, edit=edit).logits).cpu()
+        found[chunk] = batch.difference(model.run(batch.clean, edit=edit, last=True).logits).cpu()
     return found
 
 
@@ -770,10 +770,13 @@ def true_patching(
     found = torch.empty(len(pairs), len(parts))
     for chunk, batch in batched(pairs, batch_size, model.pad_token_id):
         hooks = [f"blocks.{layer}.{HOOKS[kind]}" for kind, layer, _ in parts]
-        clean, m_corrupt = model.run(batch.clean, read=hooks), batch.difference(model.run(batch.corrupt).logits)
+        clean, m_corrupt = (
+            model.run(batch.clean, read=hooks, last=True),
+            batch.difference(model.run(batch.corrupt, last=True).logits),
+        )
         for column, ((kind, _, index), hook) in enumerate(zip(parts, hooks, strict=True)):
             edit = _restored(clean[hook], kind, index)
-            patched = batch.difference(model.run(batch.corrupt, edit={hook: edit}).logits)
+            patched = batch.difference(model.run(batch.corrupt, edit={hook: edit}, last=True).logits)
             found[chunk, column] = (patched - m_corrupt).cpu()
     return found
 

@@ -106,7 +106,7 @@ def patch(model: HookedModel, pairs: PairBatch, site: str, *, groups: torch.Tens
     """
     hooks = _hooks(model, [site])
     groups, by_group = _checked(pairs, groups)
-    clean, corrupt = model.run(pairs.clean, read=hooks), model.run(pairs.corrupt, read=hooks)
+    clean, corrupt = (model.run(batch, read=hooks, last=True) for batch in (pairs.clean, pairs.corrupt))
     m_clean, m_corrupt = pairs.difference(clean.logits).cpu(), pairs.difference(corrupt.logits).cpu()
     layers = []
     for hook in hooks:
@@ -134,7 +134,9 @@ def attribute(
     sites = list(sites)
     hooks = _hooks(model, sites)
     groups, by_group = _checked(pairs, groups)
-    clean, corrupt = (model.run(batch, read=[SITES["embedding"], *hooks]) for batch in (pairs.clean, pairs.corrupt))
+    clean, corrupt = (
+        model.run(batch, read=[SITES["embedding"], *hooks], last=True) for batch in (pairs.clean, pairs.corrupt)
+    )
     totals: dict[str, torch.Tensor] = {}
     path = midpoints(steps)
     for alpha in path:
@@ -174,6 +176,7 @@ def gradients_between(
         lambda logits: pairs.difference(logits).sum(),
         at=at,
         edit={SITES["embedding"]: lambda _: torch.lerp(corrupt, clean, alpha)},
+        last=True,
     ).gradients
 
 
@@ -227,7 +230,9 @@ def _patched(
         chunk = active[start : start + at_once]
         copies, where = _repeated(pairs, len(chunk)), selections[chunk].flatten(0, 1)
         source = torch.cat([clean] * len(chunk))
-        logits = model.run(copies.corrupt, edit={hook: lambda a, w=where, s=source: torch.where(w, s, a)}).logits
+        logits = model.run(
+            copies.corrupt, edit={hook: lambda a, w=where, s=source: torch.where(w, s, a)}, last=True
+        ).logits
         effects[chunk] = copies.difference(logits).cpu().view(len(chunk), -1) - m_corrupt
     return effects.T
 

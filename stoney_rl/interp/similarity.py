@@ -108,7 +108,8 @@ def _vectors(model: HookedModel, batches: Sequence[Batch], masks: Sequence) -> l
     runs = []
     for batch, mask in zip(batches, masks, strict=True):
         here = mask.to(model.device)
-        runs.append(model.run(batch, read=dict.fromkeys(hooks, lambda vectors, here=here: vectors[here].float().cpu())))
+        read = dict.fromkeys(hooks, lambda vectors, here=here: vectors[here].float().cpu())
+        runs.append(model.run(batch, read=read, last=True))
     return [torch.cat([run[hook] for run in runs]).numpy() for hook in hooks]
 
 

@@ -386,7 +386,7 @@ def score(model: HookedModel, pairs: Sequence[PromptPair], *, batch_size: int) -
     top (whether no token is likelier), entropy of the next token (nats)."""
     found = {key: np.zeros(len(pairs), dtype=np.float32) for key in ("m", "right", "top", "entropy")}
     for rows, batch in batched(pairs, batch_size, model.pad_token_id):
-        logits = model.run(batch.clean).logits[:, -1:]
+        logits = model.run(batch.clean, last=True).logits
         log_probabilities = logits[:, -1].float().log_softmax(-1)
         m = batch.difference(logits)
         values = {
