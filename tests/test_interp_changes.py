@@ -152,7 +152,7 @@ def test_groups_add_up():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", [(32, 32), (400, 24)])
 def test_rounding_is_no_part_of_a_rank(dtype, shape):
-    """Stored in ``dtype``, opened in fp32: a change of rank 2 has full rank by rounding, and rounding alone has rank 0."""
+    """Stored in ``dtype``, opened in fp32: rounding gives a change of rank 2 full rank, and has rank 0 itself."""
     from stoney_rl.interp.changes import _weight_change
 
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(0))

@@ -251,7 +251,7 @@ def _text_means(model: HookedModel, batch: Batch, weights: torch.Tensor) -> torc
         return torch.einsum("tp,tpd->td", weights, stream).cpu()
 
     hooks = [f"blocks.{layer}.hook_resid_post" for layer in range(model.n_layers)]
-    run = model.run(batch, read=dict.fromkeys(hooks, summed))
+    run = model.run(batch, read=dict.fromkeys(hooks, summed), stop_at_layer=model.n_layers)  # no logits
     return torch.stack([run[hook] for hook in hooks], dim=1)
 
 
