@@ -336,6 +336,7 @@ def test_shared_top_neurons_by_hand():
     half = top_shared(earlier, other, "aabb", seed=0, share=0.2)
     assert half.shared == 1 and half.p == pytest.approx(17 / 45) and (half.across, half.within) == (0.5, 1)
     assert top_shared(earlier, other, "aaaa", seed=0).across is None
+    assert top_shared(earlier, np.abs(earlier), "aabb", seed=0, share=0.2).shared == 2  # the size counts, not the sign
 
 
 def test_noise_shares_no_more_across_models_than_chance_and_within_says_what_could_be():
