@@ -152,7 +152,7 @@ def test_groups_add_up():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", [(32, 32), (400, 24)])
 def test_rounding_is_no_part_of_a_rank(dtype, shape):
-    """Stored in ``dtype``, opened in fp32: a change of rank 2 has full rank by rounding, and rounding alone has rank 0."""
+    """Stored in ``dtype``, opened in fp32: rounding gives a change of rank 2 full rank, and has rank 0 itself."""
     from stoney_rl.interp.changes import _weight_change
 
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(0))
@@ -336,6 +336,7 @@ def test_shared_top_neurons_by_hand():
     half = top_shared(earlier, other, "aabb", seed=0, share=0.2)
     assert half.shared == 1 and half.p == pytest.approx(17 / 45) and (half.across, half.within) == (0.5, 1)
     assert top_shared(earlier, other, "aaaa", seed=0).across is None
+    assert top_shared(earlier, np.abs(earlier), "aabb", seed=0, share=0.2).shared == 2  # the size counts, not the sign
 
 
 def test_noise_shares_no_more_across_models_than_chance_and_within_says_what_could_be():

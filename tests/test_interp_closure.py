@@ -68,7 +68,7 @@ def test_every_weight_is_in_one_part(architecture):
 
 @pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
 def test_moving_none_all_and_back_is_exact(architecture):
-    """With grouped queries, biases (Qwen2), fused projections (Phi-3), norms on heads (Qwen3), tied embeddings (Gemma)."""
+    """Grouped queries, biases (Qwen2), fused projections (Phi-3), norms on heads (Qwen3), tied embeddings (Gemma)."""
     earlier = tiny.model(architecture)
     later = disturbed(earlier, 0.5)
     before, target = logits(earlier), logits(later)

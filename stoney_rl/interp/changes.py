@@ -251,7 +251,7 @@ def _text_means(model: HookedModel, batch: Batch, weights: torch.Tensor) -> torc
         return torch.einsum("tp,tpd->td", weights, stream).cpu()
 
     hooks = [f"blocks.{layer}.hook_resid_post" for layer in range(model.n_layers)]
-    run = model.run(batch, read=dict.fromkeys(hooks, summed), last=True)
+    run = model.run(batch, read=dict.fromkeys(hooks, summed), stop_at_layer=model.n_layers)  # no logits
     return torch.stack([run[hook] for hook in hooks], dim=1)
 
 
@@ -265,6 +265,9 @@ class Decoded:
     in common. ``floor_...``: the same of half the difference between two halves of the texts, which scatters as the
     mean does and has no mean (size, agreement: over ``draws`` splits; lists: of the first). Without a difference sizes,
     values and agreement are 0 and ids -1. ``texts`` with tokens; ``left_out``: without.
+
+    Agreement says that the direction is no accident of these texts, not that its tokens mean anything: in SmolLM2 with
+    a random change of 2 % in every matrix two thirds of them agree. Compare with what two seeds of one training give.
     """
 
     size: np.ndarray

@@ -158,7 +158,7 @@ def lexicon_facts(entries: Sequence[LexiconEntry], tokenizer: "PreTrainedTokeniz
         plain = (
             regex.fullmatch(r"\p{L}[\p{L}' -]*", key)
             and len(key.split()) <= MAX_KEY_WORDS
-            and not regex.search(r"[\s=]", value)
+            and not regex.search(r"[\n=]", value)
         )
         if not plain or lexeme in found or any(fold(fact.key) == fold(key) for fact in found.values()):
             continue
