@@ -51,7 +51,7 @@ def tokenizer():
 def pools(tokenizer):
     # The lexicon's values take more bytes than the limit here, so it is asked with the limit raised.
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tasks, "MAX_TOKENS", 16)
+        patch.setattr(tasks, "LIMITS", ((16, 2),))
         patch.setattr(tasks, "LENGTH", 90)
         return tasks.build_pools(ALL, tokenizer, ENTRIES, couples=12, seed=0)
 
@@ -200,10 +200,10 @@ def test_each_couple_of_the_reference_gets_the_one_that_fits_it():
 
 def test_matching_weighs_length_entropy_and_accuracy_and_lowers_the_imbalance():
     draw = np.random.default_rng(0)
-    pools = {"a": made_family("a", draw.integers(20, 30, 30)), "b": made_family("b", draw.integers(20, 40, 90))}
+    pools = {"a": made_family("a", draw.integers(20, 30, 30)), "b": made_family("b", draw.integers(20, 40, 400))}
     scores = {
         "a": scores_of(draw.normal(1, 0.3, 30), (draw.random(30) < 0.6).astype(float)),
-        "b": scores_of(draw.normal(1.5, 0.6, 90), (draw.random(90) < 0.9).astype(float)),
+        "b": scores_of(draw.normal(1.5, 0.6, 400), (draw.random(400) < 0.9).astype(float)),
     }
     chosen = tasks.match(pools, scores, couples=30, reference="a")
     assert len(set(chosen["b"])) == 30

@@ -14,7 +14,8 @@
 
    In the first three the asked line stands further up: the value is looked up there. Sums are not to be found above.
 2. Pairs come in couples: a prompt that asks for a, and the same that asks for b. The lines a and b stand twice, in the order
-   a b b a, which favours neither; other lines, between them, make all prompts about LENGTH tokens long.
+   a b b a, which favours neither; other lines, between them, make a
+   lexicon's prompts about LENGTH tokens long where its words allow that, and those of other families as long as the lexicon's.
 3. Controls: english_split: English whose values are cut into as many tokens as the lexicon's words have; lexicon_scrambled: the
    same prompts as the lexicon's with the letters of its words in another order, in as many tokens; lexicon_shuffled: the same with the words'
    meanings dealt out anew. What a family shows and its control shows too is no property of the language.
@@ -59,8 +60,8 @@ WORDLISTS = Path(__file__).parent / "wordlists"
 
 POOL = 1.6  # couples that are made for each that is wanted, where words last
 LENGTH = 46  # tokens of a prompt, about: five lines of words of five tokens
-MAX_TOKENS = 8  # of a value, MAX_KEY_WORDS of a key: longer ones make prompts of uneven length
-MAX_KEY_WORDS = 2
+# Tokens of a value and words of a key at most: longer ones make prompts long, so they are taken where shorter ones are too few.
+LIMITS = ((8, 2), (12, 4))
 LARGEST = 30  # operand of a sum
 MOST_LINES = 24  # that are drawn for a prompt, besides the couple's own
 TRIES = 200  # orders of a word's letters, cuts of a word
@@ -125,9 +126,16 @@ def build_pools(
     if unknown:
         raise StoneyError(f"no family is called {unknown[0]!r}; there are {', '.join((*FAMILIES, *CONTROLS))}")
     wanted = round(POOL * couples)
-    facts = lexicon_facts(entries, tokenizer, seed)
-    # The lexicon decides into how many tokens words are cut; without one, what is usual.
-    sizes = [_size(tokenizer, fact.value) for fact in facts] or [5]
+    for limits in LIMITS:
+        facts = lexicon_facts(entries, tokenizer, seed, limits)
+        if len(facts) > 2 * wanted:
+            break
+    # The lexicon decides how long prompts are and into how many tokens words are cut; without one, what is usual.
+    sizes, lengths = [_size(tokenizer, fact.value) for fact in facts] or [5], [LENGTH]
+    if any(name.startswith("lexicon") for name in families):
+        lengths = [
+            len(pair.clean) for pair in _dictionary_family("lexicon", facts, tokenizer, wanted, seed, [LENGTH]).pairs
+        ]
     makers: dict[str, Callable[[], Sequence[Fact]]] = {
         "lexicon": lambda: facts,
         "lexicon_scrambled": lambda: _scrambled_facts(facts, tokenizer, seed),
@@ -137,16 +145,23 @@ def build_pools(
         "english_split": lambda: _cut_facts(listed_facts("english"), tokenizer, sizes, seed),
     }
     return {
-        name: _arithmetic_family(tokenizer, wanted, seed)
+        name: _arithmetic_family(tokenizer, wanted, seed, lengths)
         if name == "arithmetic"
-        else _dictionary_family(name, makers[name](), tokenizer, wanted, seed)
+        else _dictionary_family(
+            name, makers[name](), tokenizer, wanted, seed, [LENGTH] if name.startswith("lexicon") else lengths
+        )
         for name in families
     }
 
 
-def lexicon_facts(entries: Sequence[LexiconEntry], tokenizer: "PreTrainedTokenizerBase", seed: int) -> list[Fact]:
-    """Meaning and form of each lexeme's first entry that fits a line: a meaning of one or two words, a form of one word and at
-    most MAX_TOKENS tokens whose letters can be scrambled (so that the control has the same prompts); each meaning once."""
+def lexicon_facts(
+    entries: Sequence[LexiconEntry],
+    tokenizer: "PreTrainedTokenizerBase",
+    seed: int,
+    limits: tuple[int, int] = LIMITS[0],
+) -> list[Fact]:
+    """Meaning and form of each lexeme's first entry within ``limits`` (tokens of the form, words of the meaning) whose letters
+    can be scrambled, so that the control has the same prompts; each meaning once."""
     rng = random.Random(f"lexicon {seed}")
     forms = {fold(entry.form) for entry in entries}
     found: dict[str, Fact] = {}
@@ -157,12 +172,12 @@ def lexicon_facts(entries: Sequence[LexiconEntry], tokenizer: "PreTrainedTokeniz
         lexeme = fold(entry.stem or entry.form)
         plain = (
             regex.fullmatch(r"\p{L}[\p{L}' -]*", key)
-            and len(key.split()) <= MAX_KEY_WORDS
+            and len(key.split()) <= limits[1]
             and not regex.search(r"[\n=]", value)
         )
         if not plain or lexeme in found or any(fold(fact.key) == fold(key) for fact in found.values()):
             continue
-        if _size(tokenizer, value) <= MAX_TOKENS and scrambled(value, tokenizer, rng, forms):
+        if _size(tokenizer, value) <= limits[0] and scrambled(value, tokenizer, rng, forms):
             found[lexeme] = Fact(key, value, lexeme)
     return list(found.values())
 
@@ -243,9 +258,15 @@ def _cut_facts(
 
 
 def _dictionary_family(
-    name: str, facts: Sequence[Fact], tokenizer: "PreTrainedTokenizerBase", wanted: int, seed: int
+    name: str,
+    facts: Sequence[Fact],
+    tokenizer: "PreTrainedTokenizerBase",
+    wanted: int,
+    seed: int,
+    lengths: Sequence[int],
 ) -> Family:
-    """Couples of two facts each, no fact in two; the other lines of a prompt may stand in several."""
+    """Couples of two facts each, no fact in two; the other lines of a prompt may stand in several. ``lengths``: in tokens, of
+    which a couple's is drawn."""
     # Aligned families draw the same, as their keys and the tokens of their values are the same.
     rng, left_out = random.Random(f"couples {name.split('_')[0]} {seed}"), Counter()
     by_size: dict[int, list[Fact]] = defaultdict(list)
@@ -270,11 +291,11 @@ def _dictionary_family(
                 rows.insert(round(place * len(rows)), fact)
             return _couple(name, tokenizer, rows, a, b)
 
-        _add(couples, left_out, make, len(fillers))
+        _add(couples, left_out, make, len(fillers), rng.choice(lengths))
     return _family(name, couples, wanted, left_out)
 
 
-def _arithmetic_family(tokenizer: "PreTrainedTokenizerBase", wanted: int, seed: int) -> Family:
+def _arithmetic_family(tokenizer: "PreTrainedTokenizerBase", wanted: int, seed: int, lengths: Sequence[int]) -> Family:
     """Couples of two sums that share the first number; no sum is asked for twice, none has a line with either answer."""
     rng, left_out = random.Random(f"couples arithmetic {seed}"), Counter()
     couples: list[_Couple] = []
@@ -290,7 +311,7 @@ def _arithmetic_family(tokenizer: "PreTrainedTokenizerBase", wanted: int, seed: 
         others = [_sum(rng.choices(range(LARGEST + 1), k=2)) for _ in range(MOST_LINES)]
         rows = [fact for fact in others if fact.value not in (a.value, b.value)]
         make = partial(_sums_couple, tokenizer, rows, a, b)
-        if _add(couples, left_out, make, len(rows)):
+        if _add(couples, left_out, make, len(rows), rng.choice(lengths)):
             asked |= sums
     return _family("arithmetic", couples, wanted, left_out)
 
@@ -308,13 +329,13 @@ def _sum(numbers: Sequence[int]) -> Fact:
 _Couple = tuple[PromptPair, tuple[str | None, str | None]]
 
 
-def _add(couples: list[_Couple], left_out: Counter, make: Callable[[int], _Couple], most: int) -> bool:
-    """Add what ``make`` gives with the number of other lines, up to ``most``, that comes closest to LENGTH tokens."""
+def _add(couples: list[_Couple], left_out: Counter, make: Callable[[int], _Couple], most: int, length: int) -> bool:
+    """Add what ``make`` gives with the number of other lines, up to ``most``, that comes closest to ``length`` tokens."""
     best = None
     try:
         for n in range(most + 1):
             made = make(n)
-            distance = abs(len(made[0].clean) - LENGTH)
+            distance = abs(len(made[0].prompt) - length)
             if best and distance >= best[0]:
                 break
             best = distance, made
