@@ -133,6 +133,8 @@ def test_attention_is_that_of_the_last_position(model):
         (lookup("vûr", "vûs"), True, False),  # all but the last stand in the prompt
         (lookup("vûr", "vûrs"), False, False),  # all of it does: what comes next is a line's end
         (lookup("vûrs", "xûzg", ends=" .\n"), True, True),
+        # Words of the clean prompt; in the corrupt one they are parts of another.
+        (make_pair(TOKENIZER, "vors xuzg a:", "vorsyxuzg a:", " vors", " xuzg", chat=False), True, True),
         (replace(lookup("vûrs", "xûzg"), answer_ids=(), wrong_ids=()), False, False),
     ],
 )
