@@ -250,6 +250,16 @@ def test_what_no_control_fits_is_not_measured(model):
     assert measured.tolist() == [False, False, False, True, True, False, False, True]
 
 
+def test_a_comparison_shares_no_token_with_meaning_or_answer(model):
+    """The only other meaning of two tokens holds one of the pair's own; then one of its answer's."""
+    pairs = random_pairs((6, 6), vocabulary=range(10, 60))
+    for meanings in ([(200, 201), (201, 202)], [(200, 201), (pairs[0].answer, 202)]):
+        for cluster in ("0", "1"):  # as rival, as control
+            couple = [pairs[0], replace(pairs[1], cluster=cluster)]
+            found = guesses(model, couple, meanings, [], seed=0).probability[0, -1]
+            assert found.isnan().tolist() == [False, False, True, True]
+
+
 def test_guesses_come_before_the_first_token_of_the_answer(model):
     """Both answers begin with 'nâ', three tokens, which stand in the scored prompts and not in what is asked here."""
     (pair,) = lookups(("key", "nâdaga", "nâkeo"))
