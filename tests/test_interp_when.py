@@ -387,6 +387,21 @@ def test_a_double_keeps_the_tokens_it_must():
     )
 
 
+def test_a_double_whose_end_is_cut_otherwise_is_none():
+    """'okasi' ends in the token 'si'; with o before it, 'os' and 'i' are the tokens, as many as before."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    letters = ["Ġ", *"A word:okasi"]
+    vocabulary = {token: index for index, token in enumerate(dict.fromkeys([*letters, "os", "si", "<end>"]))}
+    fast = Tokenizer(models.BPE(vocabulary, [("o", "s"), ("s", "i")]))
+    fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    merging = PreTrainedTokenizerFast(tokenizer_object=fast, eos_token="<end>")
+    assert merging.tokenize(" okasi")[-1] == "si" and merging.tokenize(" kaosi")[-2:] == ["os", "i"]
+    doubles = {scrambled_before_end(merging, "okasi", random.Random(seed)) for seed in range(20)}
+    assert doubles == {"oaksi", "koasi", "aoksi"}
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_with_random_labels_nothing_is_found(deep, seed):
     words, doubles = scrambled_words(60, seed)
