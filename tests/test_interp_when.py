@@ -250,6 +250,16 @@ def test_what_no_control_fits_is_not_measured(model):
     assert measured.tolist() == [False, False, False, True, True, False, False, True]
 
 
+def test_a_comparison_shares_no_token_with_meaning_or_answer(model):
+    """The only other meaning of two tokens holds one of the pair's own; then one of its answer's."""
+    pairs = random_pairs((6, 6), vocabulary=range(10, 60))
+    for meanings in ([(200, 201), (201, 202)], [(200, 201), (pairs[0].answer, 202)]):
+        for cluster in ("0", "1"):  # as rival, as control
+            couple = [pairs[0], replace(pairs[1], cluster=cluster)]
+            found = guesses(model, couple, meanings, [], seed=0).probability[0, -1]
+            assert found.isnan().tolist() == [False, False, True, True]
+
+
 def test_guesses_come_before_the_first_token_of_the_answer(model):
     """Both answers begin with 'nâ', three tokens, which stand in the scored prompts and not in what is asked here."""
     (pair,) = lookups(("key", "nâdaga", "nâkeo"))
@@ -375,6 +385,21 @@ def test_a_double_keeps_the_tokens_it_must():
     assert scrambled_before_end(TOKENIZER, "abcdef", random.Random(0)) == scrambled_before_end(
         TOKENIZER, "abcdef", random.Random(0)
     )
+
+
+def test_a_double_whose_end_is_cut_otherwise_is_none():
+    """'okasi' ends in the token 'si'; with o before it, 'os' and 'i' are the tokens, as many as before."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    letters = ["Ġ", *"A word:okasi"]
+    vocabulary = {token: index for index, token in enumerate(dict.fromkeys([*letters, "os", "si", "<end>"]))}
+    fast = Tokenizer(models.BPE(vocabulary, [("o", "s"), ("s", "i")]))
+    fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    merging = PreTrainedTokenizerFast(tokenizer_object=fast, eos_token="<end>")
+    assert merging.tokenize(" okasi")[-1] == "si" and merging.tokenize(" kaosi")[-2:] == ["os", "i"]
+    doubles = {scrambled_before_end(merging, "okasi", random.Random(seed)) for seed in range(20)}
+    assert doubles == {"oaksi", "koasi", "aoksi"}
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -93,6 +93,15 @@ def test_next_is_what_follows_the_part_that_has_begun():
     assert found.started.tolist() == [3]
 
 
+def test_a_space_that_is_a_token_of_its_own_is_what_comes_next():
+    """Nothing of ' vûrs' stands in the prompt, as the other answer has a tab before it: next is the space before v."""
+    text = "key: vûrs\nkay:\txûzg\n"
+    pair = make_pair(TOKENIZER, f"{text}key:", f"{text}kay:", " vûrs\n", "\txûzg\n", chat=False)
+    v, x, s = (from_end(pair, letter) for letter in "vxs")
+    found = copying(WrittenByHand([[v[0] - 1], [x[0] - 1], s, v]), [pair])
+    assert torch.allclose(found.difference[0, 0], torch.tensor([[1.0, 0], [-1, 0], [0, 1], [0, 0]]))
+
+
 def test_all_occurrences_count_and_only_whole_words():
     """'vors' three times, and inside 'vorst', 'avors' and 'vors-ek', which are other words."""
     lines = "key: {a}\nkay: {w}\nkay: {w}\nkey: {a} vorst\nkay: {w}\nkey: {a} avors vors-ek\n"
@@ -133,6 +142,8 @@ def test_attention_is_that_of_the_last_position(model):
         (lookup("vûr", "vûs"), True, False),  # all but the last stand in the prompt
         (lookup("vûr", "vûrs"), False, False),  # all of it does: what comes next is a line's end
         (lookup("vûrs", "xûzg", ends=" .\n"), True, True),
+        # Words of the clean prompt; in the corrupt one they are parts of another.
+        (make_pair(TOKENIZER, "a vors xuzg:", "a vorsyxuzg:", " vors", " xuzg", chat=False), True, True),
         (replace(lookup("vûrs", "xûzg"), answer_ids=(), wrong_ids=()), False, False),
     ],
 )

@@ -162,6 +162,13 @@ def _places(tokenizer: "PreTrainedTokenizerBase", pair: PromptPair) -> _Places:
 
 
 def _words_span(tokenizer: "PreTrainedTokenizerBase", ids: Sequence[int]) -> tuple[int, int]:
-    """From the first to behind the last token of the words and numbers in ``ids``: no quotes, stops and line ends."""
-    words = [word for word in split_words(tokenizer, ids) if word.kind in ("word", "number")] if ids else []
-    return (words[0].start, words[-1].end) if words else (0, 0)
+    """From the first to behind the last token of the words and numbers in ``ids``: no quotes, stops and line ends.
+
+    A space right before belongs to them, as it does where a tokenizer glues it to the word.
+    """
+    found = split_words(tokenizer, ids) if ids else []
+    words = [at for at, word in enumerate(found) if word.kind in ("word", "number")]
+    if not words:
+        return 0, 0
+    first = words[0] - (words[0] > 0 and found[words[0] - 1].kind == "space")
+    return found[first].start, found[words[-1]].end
