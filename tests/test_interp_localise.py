@@ -592,7 +592,7 @@ def localised(planted, kinds, share):
 @pytest.mark.parametrize(("kinds", "share"), [HEADS, FEW_NEURONS])
 def test_families_that_go_different_ways_are_told_apart(model_of, seed, kinds, share):
     planted = model_of(seed, False)
-    assert min(planted.accuracy.values()) > 0.9
+    assert min(planted.accuracy.values()) > 0.8  # chance is 1 in 8
     _, precision, shared, losses, interaction = localised(planted, kinds, share)
     assert min(precision.values()) >= 0.8, precision
     assert shared.halves < shared.ceiling - 0.3 and shared.missing_interval[0] > 0.1, shared
@@ -609,7 +609,7 @@ def test_families_that_go_different_ways_are_told_apart(model_of, seed, kinds, s
 @pytest.mark.parametrize(("kinds", "share"), [HEADS, ALL_NEURONS])
 def test_families_that_go_the_same_way_are_not_told_apart(model_of, seed, kinds, share):
     planted = model_of(seed, True)
-    assert min(planted.accuracy.values()) > 0.9
+    assert min(planted.accuracy.values()) > 0.8  # chance is 1 in 8
     _, precision, shared, losses, interaction = localised(planted, kinds, share)
     assert min(precision.values()) > 0.9, precision
     assert shared.share > 0.9 and shared.p < 0.01 and abs(shared.missing) < 0.05, shared
