@@ -44,7 +44,7 @@ SUMMARY_FILE, REPORT_FILE = "summary.txt", "report.html"
 WIDTH = 100  # of summary.txt
 FAMILIES = ("lexicon", "english", "french", "arithmetic")
 CONTROLS = ("english_split", "lexicon_scrambled", "lexicon_shuffled")
-MAX_TEXT = 160  # tokens of a held-out row
+MAX_TEXT = 120  # tokens of a held-out row
 TEXTS = 64  # held-out rows
 # Arguments that change no number.
 NOT_IDENTITY = {"overwrite", "config", "output_dir", "model_path", "compare", "seed_twin", "device"}
@@ -168,16 +168,20 @@ def main(argv: list[str] | None = None) -> None:
     # 3. One model at a time, one task at a time; what was measured before a stop is not measured again.
     measured = {}
     for name in sources:
+        asked = plan if name == main_name else plan.without_controls()
         wanted = compare.tasks_of(plan, is_main=name == main_name)
         measured[name] = analysis.measure_model(
-            folder / name, wanted, plan, functools.partial(open_hooked, name), table=compare.TASKS
+            folder / name, wanted, asked, functools.partial(open_hooked, name), table=compare.TASKS
         )
     floor = None
     if args.random_model:
-        floor = analysis.measure_model(
-            folder / "random", compare.FLOOR_TASKS, plan.only(compare.FLOOR_COUPLES),
-            functools.cache(lambda: compare.random_model(open_hooked(main_name), plan)), table=compare.TASKS,
-        )  # fmt: skip
+        open_random = functools.cache(lambda: compare.random_model(open_hooked(main_name), plan))
+        floor = {}
+        for few, wanted in (
+            (plan.only(compare.FLOOR_COUPLES), compare.FLOOR_TASKS),
+            (plan.without_controls(), ("assembly",)),
+        ):
+            floor |= analysis.measure_model(folder / "random", wanted, few, open_random, table=compare.TASKS)
     open_hooked.cache_clear()
     changes = {
         pair: compare.measure_change(folder / "-".join(pair), plan, open_plain, open_hooked, *pair)

@@ -31,9 +31,9 @@ from stoney_rl.interp.tasks import CONTROLS, FAMILIES, Family, listed_facts
 
 NOT_LOCALISED = ("lexicon_shuffled",)  # its prompts are the lexicon's: what it is for is the accuracy
 KINDS = {"components": COMPONENTS, "neurons": NEURONS}
-FLOOR_COUPLES = 16
-FLOOR_TASKS = ("decision", "localise", "copying", "assembly")
-CLOSURE_SIZES, CLOSURE_DRAWS = (1, 4, 16), 8
+FLOOR_COUPLES = 12
+FLOOR_TASKS = ("decision", "localise")
+CLOSURE_SIZES, CLOSURE_DRAWS = (1, 4, 16), 4
 
 
 @dataclass(frozen=True)
@@ -43,18 +43,18 @@ class Settings:
     ``patched`` single parts in earnest; ``words`` whose assembly is probed; ``closed`` examples, half to choose parts on; whether a ``tuned`` lens is fitted."""
 
     couples: int = 100
-    localised: int = 24
-    reported: int = 24
+    localised: int = 20
+    reported: int = 20
     draws: int = 100
-    few: int = 2
-    patched: int = 10
-    words: int = 200
+    few: int = 1
+    patched: int = 5
+    words: int = 120
     closed: int = 32
     tuned: bool = True
 
 
 FULL = Settings()
-QUICK = Settings(couples=24, localised=12, reported=12, draws=20, few=2, patched=3, words=60, closed=16, tuned=False)
+QUICK = Settings(couples=24, localised=12, reported=12, draws=20, few=1, patched=3, words=60, closed=20, tuned=False)
 
 
 @dataclass(frozen=True)
@@ -89,12 +89,18 @@ class Plan:
         wanted = list(dict.fromkeys(found.clusters[row] for row in rows))[:couples]
         return [pair for pair in found.pairs if pair.cluster in set(wanted)]
 
+    def without_controls(self) -> "Plan":
+        """For the models that the main one is compared with: controls are about families, not about checkpoints."""
+        kept = {name: family for name, family in self.families.items() if name not in CONTROLS}
+        return replace(self, families=kept)
+
     def only(self, couples: int) -> "Plan":
-        """The same with so many couples a family, for a model whose figures serve as a floor."""
+        """So many couples of each family without controls, for a model whose figures serve as a floor."""
+        kept = self.without_controls()
         families = {
-            name: family.couples(range(min(couples, len(family.pairs) // 2))) for name, family in self.families.items()
+            name: family.couples(range(min(couples, len(family.pairs) // 2))) for name, family in kept.families.items()
         }
-        return replace(self, families=families, settings=replace(self.settings, localised=couples, words=couples * 4))
+        return replace(kept, families=families, settings=replace(self.settings, localised=couples))
 
 
 def score_pools(model: HookedModel, pools: Mapping[str, Family], batch_size: int) -> Measured:
@@ -154,13 +160,20 @@ def sha256(pools: Mapping[str, Family], texts: Sequence[Sequence[int]]) -> str:
 
 def measure_decision(model: HookedModel, plan: Plan, done: dict[str, Measured]) -> Measured:
     """Of each family and pair: answer, wrong (log-probabilities), entropy [pair, layer + 1], is_top, answer_depth, settled_depth [pair]."""
-    return Measured(arrays=_decisions(model, plan, None))
+    return Measured(
+        arrays=_decisions(model, plan, {name: family.pairs for name, family in plan.families.items()}, None)
+    )
 
 
-def _decisions(model: HookedModel, plan: Plan, tuned: tuned_lens.TunedLens | None) -> dict[str, np.ndarray]:
+def _decisions(
+    model: HookedModel,
+    plan: Plan,
+    asked: Mapping[str, Sequence[PromptPair]],
+    tuned: tuned_lens.TunedLens | None,
+) -> dict[str, np.ndarray]:
     arrays = {}
-    for name, family in plan.families.items():
-        found = when.decision(model, family.pairs, batch_size=plan.batch_size, tuned=tuned)
+    for name, pairs in asked.items():
+        found = when.decision(model, pairs, batch_size=plan.batch_size, tuned=tuned)
         arrays |= {f"{name}/{key}": getattr(found, key).numpy() for key in found.__dataclass_fields__}
     return arrays
 
@@ -316,8 +329,9 @@ def measure_assembly(model: HookedModel, plan: Plan, done: dict[str, Measured]) 
         if len(fit) < 2 * significance.MIN_UNITS:
             facts[name] = {"why_not": f"{len(fit)} words of three tokens or more with a double"}
             continue
+        layers = [*range(0, model.n_layers, max(1, model.n_layers // 10)), model.n_layers]
         found = when.word_assembly(
-            model, [forms[place] for place in fit], [doubles[place] for place in fit], seed=plan.seed
+            model, [forms[place] for place in fit], [doubles[place] for place in fit], layers=layers, seed=plan.seed
         )
         arrays |= {f"{name}/correct": found.correct, f"{name}/control": found.control_correct}
         facts[name] = {
@@ -333,7 +347,7 @@ def _long(model: HookedModel, form: str) -> bool:
 
 
 def measure_tuned(model: HookedModel, plan: Plan, done: dict[str, Measured]) -> Measured:
-    """decision and guesses again, with a tuned lens fitted to half of the texts. Facts: how well it fits the other half."""
+    """decision and guesses again, on the reporting half, with a tuned lens fitted to half of the texts. Facts: how well it fits the other half."""
     half = len(plan.texts) // 2
     train, held_out = (_batches(model, texts, plan.batch_size) for texts in (plan.texts[half:], plan.texts[:half]))
     tuned = tuned_lens.fit_tuned_lens(model, train, held_out, steps=100, tokens=2048, seed=plan.seed)
@@ -344,7 +358,10 @@ def measure_tuned(model: HookedModel, plan: Plan, done: dict[str, Measured]) -> 
         "tokens": tuned.fit.tokens,
         "held_out_tokens": tuned.fit.held_out_tokens,
     }
-    return Measured(guessed.facts | {"fit": fit}, guessed.arrays | _decisions(model, plan, tuned))
+    return Measured(
+        guessed.facts | {"fit": fit},
+        guessed.arrays | _decisions(model, plan, {name: plan.reporting(name) for name in plan.localised}, tuned),
+    )
 
 
 def _batches(model: HookedModel, texts: Sequence[Sequence[int]], size: int) -> list[Batch]:
@@ -365,7 +382,7 @@ TASKS = {
     "patching": measure_patching,
     "tuned": measure_tuned,
 }
-MAIN_ONLY = ("knockout", "knockout_neurons", "patching", "tuned")
+MAIN_ONLY = ("copying", "guesses", "knockout", "knockout_neurons", "patching", "tuned")
 
 
 def tasks_of(plan: Plan, *, is_main: bool) -> list[str]:

@@ -58,7 +58,7 @@ ALIGNED = (
 MEANING_IS_KEY = ("lexicon", *ALIGNED, "french", "english", "english_split")
 WORDLISTS = Path(__file__).parent / "wordlists"
 
-POOL = 1.6  # couples that are made for each that is wanted, where words last
+POOL = 1.3  # couples that are made for each that is wanted, where words last
 LENGTH = 46  # tokens of a prompt, about: five lines of words of five tokens
 # Tokens of a value and words of a key at most: longer ones make prompts long, so they are taken where shorter ones are too few.
 LIMITS = ((8, 2), (12, 4))

@@ -1,0 +1,234 @@
+"""compare_reasoning.py as a user runs it, on tiny models: what it writes, what it says again, what it refuses."""
+
+import json
+import re
+import shutil
+
+import numpy as np
+import pytest
+import tiny
+
+import compare_reasoning
+from stoney_rl import checkpoints, runs
+from stoney_rl.errors import StoneyError
+from stoney_rl.interp import analysis, compare, opening, report
+
+LEXICON = "data/planted/lexicon.jsonl"  # an invented language
+SECTIONS = {"fairness", "overlap", "needed", "depth", "cost", "copying", "change-base-tuned", "change-tuned-twin"}
+
+
+@pytest.fixture(autouse=True)
+def untracked(monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    for name, seed in (("tuned", 1), ("base", 0)):
+        tiny.checkpoint(folder / name, seed=seed)
+    shutil.copytree(folder / "tuned", folder / "twin")
+    return folder
+
+
+def arguments(models, output, *more):
+    given = ["--model_path", str(models / "tuned"), "--compare", str(models / "base"), "--output_dir", str(output)]
+    given += [
+        "--seed_twin",
+        str(models / "twin"),
+        "--lexicon",
+        LEXICON,
+        "--quick",
+        "--num_pairs",
+        "40",
+        "--random_sets",
+        "4",
+    ]
+    return [*given, "--families", "lexicon", "english", "--controls", "lexicon_scrambled", *more]
+
+
+@pytest.fixture(scope="module")
+def compared(models, tmp_path_factory):
+    output = tmp_path_factory.mktemp("comparison") / "out"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("WANDB_MODE", "disabled")
+        compare_reasoning.main(arguments(models, output))
+    return output
+
+
+def section(output, key):
+    results = json.loads((output / "results.json").read_text())
+    return next(one for one in results["sections"] if one["key"] == key)
+
+
+def test_writes_a_summary_a_page_and_numbers_for_every_question(compared):
+    names = {path.name for path in compared.iterdir()}
+    assert {"report.html", "results.json", "summary.txt", "stage.json", "measured", "overlap.png", "depth.png"} <= names
+    results = json.loads((compared / "results.json").read_text())
+    assert {one["key"] for one in results["sections"]} >= SECTIONS
+    assert [model["name"] for model in results["models"]] == ["tuned", "base", "twin"]
+    for one in results["sections"]:
+        assert one["answer"] and one["tells"] and one["cannot"] and one["source"]
+        assert all(len(row) == len(table["columns"]) for table in one["tables"] for row in table["rows"])
+    text = (compared / "summary.txt").read_text()
+    assert "nan" not in text and "None" not in text and "{" not in text
+
+
+def test_the_page_has_the_comparison_and_asks_for_nothing(compared):
+    page = (compared / "report.html").read_text()
+    assert len(page) < report.MAX_BYTES and 'id="comparison"' in page and 'href="#comparison"' in page
+    assert not re.search(r"""(?:src|href)=["']?(?:https?:)?//""", page)
+    assert page.count("data:image/png;base64,") == len(list(compared.glob("*.png")))
+
+
+def test_identical_checkpoints_differ_by_exactly_nothing(compared):
+    numbers = section(compared, "change-tuned-twin")["numbers"]
+    assert all(group["share"] == 0 and group["changed"] == 0 for group in numbers["by_layer"].values())
+    assert not any(numbers["representation"]["mean"])
+    assert all(one["value"] == 0 for one in numbers["behaviour"].values())
+    assert all(one["gap"] is None and one["points"] == [] for one in numbers["closure"].values())
+    assert all(
+        unit["neurons_shared"] == unit["components_shared"] == 1 and unit["changed"] == 0
+        for unit in numbers["units"].values()
+    )
+    kept = analysis.read_task(compared / runs.MEASURED / "tuned-twin", "closure")
+    assert np.array_equal(kept.arrays["lexicon/earlier"], kept.arrays["lexicon/later"])
+
+
+def test_other_checkpoints_differ(compared):
+    numbers = section(compared, "change-base-tuned")["numbers"]
+    assert sum(group["changed"] for group in numbers["by_layer"].values()) > 10
+    assert max(numbers["representation"]["mean"]) > 0.1
+
+
+def test_parts_are_chosen_on_other_couples_than_they_are_tested_on(models):
+    pools = {}
+    args = compare_reasoning.build_parser().parse_args(arguments(models, "out"))
+    settings = compare_reasoning.settings_of(args)
+    from stoney_rl.models import find_model, load_tokenizer
+
+    sources = opening.find_models([("--model_path", str(models / "tuned"))])
+    tokenizer = load_tokenizer(find_model(str(models / "tuned")))
+    pools = compare_reasoning.make_pools(args, sources, tokenizer, settings)
+    plan = compare.Plan(pools, "lexicon", [], [], [], settings)
+    for name in plan.families:
+        chosen, reported = ({pair.cluster for pair in half(name)} for half in (plan.choosing, plan.reporting))
+        assert chosen and reported and not chosen & reported
+
+
+def test_a_finished_comparison_is_shown_again(compared, models, monkeypatch, capsys):
+    monkeypatch.setattr(opening, "open_hooked", lambda *_: pytest.fail("opened a model"))
+    compare_reasoning.main(arguments(models, compared))
+    assert "compared with these settings already" in capsys.readouterr().out
+
+
+def test_a_stopped_comparison_goes_on_where_it_was_and_comes_to_the_same(compared, models, tmp_path, monkeypatch):
+    output = tmp_path / "out"
+    left = runs.partial_directory(output)
+    shutil.copytree(compared, left)
+    checkpoints.write_json(left / runs.IDENTITY_FILE, json.loads((left / "stage.json").read_text())["identity"])
+    for name in ("report.html", "results.json", "stage.json"):
+        (left / name).unlink()
+    (left / runs.MEASURED / "base" / "cost.json").unlink()
+    (left / runs.MEASURED / "base-tuned" / "difference.json").unlink()
+    done = []
+
+    def noted(name, task):
+        return lambda *given: done.append(name) or task(*given)
+
+    for table in (compare.TASKS, compare.CHANGES):
+        for name, task in list(table.items()):
+            monkeypatch.setitem(table, name, noted(name, task))
+    compare_reasoning.main(arguments(models, output))
+    assert done == ["cost", "difference"]
+    first, second = (json.loads((folder / "results.json").read_text()) for folder in (compared, output))
+    assert first.pop("about") and second.pop("about")
+    assert first == second
+
+
+def test_families_of_ones_own_are_compared_too(models, tmp_path):
+    lines = [
+        {"clean": f"day {n} = a\nday {n} =", "corrupt": f"day {n} = b\nday {n} =", "answer": " a", "wrong": " b", "family": "days", "chat": False, "cluster": str(n)}
+        for n in range(10, 34)
+    ]  # fmt: skip
+    own = tmp_path / "own.jsonl"
+    own.write_text("\n".join(json.dumps(line) for line in lines))
+    output = tmp_path / "out"
+    given = [
+        "--model_path",
+        str(models / "tuned"),
+        "--output_dir",
+        str(output),
+        "--quick",
+        "--num_pairs",
+        "24",
+        "--no-random_model",
+    ]
+    compare_reasoning.main(
+        [*given, "--random_sets", "2", "--families", "english", "--controls", "--pairs_file", str(own)]
+    )
+    (key,) = section(output, "overlap")["numbers"]["tuned/components"]
+    assert key == "english/days"
+
+
+def test_the_report_and_pictures_go_to_wandb(models, compared, tmp_path, monkeypatch):
+    sent = []
+
+    class Recorder:
+        run_id, group, record = "run", "group", {"run_id": "run"}
+
+        def __getattr__(self, kind):
+            return lambda *given, **_: sent.append((kind, *given))
+
+    monkeypatch.setattr(compare_reasoning.tracking, "start_stage", lambda *_, **__: Recorder())
+    output = tmp_path / "out"
+    left = runs.partial_directory(output)
+    shutil.copytree(compared, left)
+    checkpoints.write_json(left / runs.IDENTITY_FILE, json.loads((left / "stage.json").read_text())["identity"])
+    (left / "stage.json").unlink()
+    compare_reasoning.main(arguments(models, output))
+    assert ("html", "report", output / "report.html") in sent
+    assert ("artifact", "out", "comparison", str(output)) in sent
+    assert [kind for kind, *_ in sent][-1] == "finish" and any(kind == "image" for kind, *_ in sent)
+
+
+@pytest.mark.parametrize(
+    ("more", "expected"),
+    [
+        (["--families", "english", "--controls", "lexicon_scrambled"], "--controls lexicon_scrambled: belongs to the family lexicon"),
+        (["--pairs_file", "missing.jsonl"], "missing.jsonl does not exist"),
+        (["--device", "cuda:9"], "--device cuda:9"),
+        (["--lexicon", "missing.jsonl"], "missing.jsonl: no such file"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_one_line_and_leaves_nothing(models, tmp_path, monkeypatch, more, expected):
+    monkeypatch.chdir(tmp_path)
+    given = ["--model_path", str(models / "tuned"), "--output_dir", "out", "--families", "english", "lexicon"]
+    with pytest.raises(StoneyError) as problem:
+        compare_reasoning.main([*given, *more])
+    assert expected in str(problem.value) and "\n" not in str(problem.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_family_with_a_built_ones_name_is_refused(models, tmp_path):
+    own = tmp_path / "own.jsonl"
+    line = {"clean": "a =", "corrupt": "b =", "answer": " c", "wrong": " d", "family": "english", "chat": False}
+    own.write_text("\n".join(json.dumps(line | {"cluster": str(n)}) for n in range(3)))
+    given = ["--model_path", str(models / "tuned"), "--families", "arithmetic", "--pairs_file", str(own)]
+    with pytest.raises(StoneyError, match="the family 'english' has the name of one that is built"):
+        compare_reasoning.main([*given, "--output_dir", str(tmp_path / "out")])
+
+
+def test_too_few_pairs_are_refused_by_the_parser(models, capsys):
+    with pytest.raises(SystemExit) as stop:
+        compare_reasoning.main(["--model_path", str(models / "tuned"), "--num_pairs", "4"])
+    assert stop.value.code == 2 and "--num_pairs 4: expected 8 or more" in capsys.readouterr().err
+
+
+def test_a_folder_that_is_no_comparison_is_not_overwritten(models, tmp_path):
+    kept = tmp_path / "mine"
+    kept.mkdir()
+    (kept / "thesis.txt").write_text("years of work")
+    with pytest.raises(StoneyError, match="is not a comparison; choose another --output_dir"):
+        compare_reasoning.main(arguments(models, kept, "--overwrite"))
+    assert (kept / "thesis.txt").read_text() == "years of work"
