@@ -44,6 +44,7 @@ SUMMARY_FILE, REPORT_FILE = "summary.txt", "report.html"
 WIDTH = 100  # of summary.txt
 FAMILIES = ("lexicon", "english", "french", "arithmetic")
 CONTROLS = ("english_split", "lexicon_scrambled", "lexicon_shuffled")
+FEWEST_PAIRS = 16  # a family: eight couples, four in each half
 MAX_TEXT = 120  # tokens of a held-out row
 TEXTS = 64  # held-out rows
 # Arguments that change no number.
@@ -91,6 +92,9 @@ def build_parser() -> argparse.ArgumentParser:
     measured.add_argument("--random_model", action=argparse.BooleanOptionalAction, default=True,
                           help="measure a model with random weights too, as a floor")  # fmt: skip
     measured.add_argument("--batch_size", type=cli.positive_int, default=16, help="prompts at a time")
+    measured.add_argument(
+        "--dtype", choices=["fp32", "bf16", "fp16"], default="fp32", help="half precision doubts small effects"
+    )
     measured.add_argument("--device", help="cuda, cpu, ...; default: a GPU if there is one")
     measured.add_argument("--seed", type=cli.non_negative_int, default=0, help="pairs, halves, random sets, resamples")
     cli.add_tracking_flags(parser, {"model_path": artifacts.ANY_MODEL, "lexicon": artifacts.ROWS})
@@ -102,8 +106,8 @@ def main(argv: list[str] | None = None) -> None:
     args = cli.parse_stage(parser, argv)
     if not args.model_path:
         parser.error("the following arguments are required: --model_path")
-    if args.num_pairs and args.num_pairs < 8:
-        parser.error(f"--num_pairs {args.num_pairs}: expected 8 or more, as halves of couples are compared")
+    if args.num_pairs and args.num_pairs < FEWEST_PAIRS:
+        parser.error(f"--num_pairs {args.num_pairs}: expected {FEWEST_PAIRS} or more, as halves of halves are compared")
     tracking.load_env()
 
     # 1. The models: the one that is asked about first, then what it came from, then its twin.
@@ -150,13 +154,13 @@ def main(argv: list[str] | None = None) -> None:
 
     @functools.lru_cache(maxsize=2)  # two are needed at once, where one is compared with the next
     def open_hooked(name: str):
-        found = opening.open_hooked(name, sources[name], "fp32", args.device, shape or None)
+        found = opening.open_hooked(name, sources[name], args.dtype, args.device, shape or None)
         shape.update(layers=found.n_layers, heads=found.n_heads)
         return found
 
     @functools.lru_cache(maxsize=2)
     def open_plain(name: str):
-        return load_model(sources[name], opening.torch_dtype("fp32")).to(opening.device_of(args.device))
+        return load_model(sources[name], opening.torch_dtype(args.dtype)).to(opening.device_of(args.device))
 
     folder = partial / runs.MEASURED
     scores = analysis.read_task(folder, "pools") or analysis.write_task(

@@ -45,7 +45,7 @@ REDACTED = "[redacted]"
 NO_KEY = "no key found: run `wandb login` or set WANDB_API_KEY"
 STEP_KEY = "train/global_step"
 # Artifacts that no later stage starts from. Their type becomes part of their name, as they are often named after a model.
-REPORT_TYPES = ("inspection", "evaluation", "analysis")
+REPORT_TYPES = ("inspection", "evaluation", "analysis", "comparison")
 # What every stage's config holds under the same names, None where a stage has no such thing (see ``start_stage``).
 COMMON_CONFIG = (
     "stage", "model", "dataset", "dataset_revision", "data_sha256", "split_seed", "test_fraction", "validation_fraction",

@@ -222,7 +222,7 @@ def test_a_family_with_a_built_ones_name_is_refused(models, tmp_path):
 def test_too_few_pairs_are_refused_by_the_parser(models, capsys):
     with pytest.raises(SystemExit) as stop:
         compare_reasoning.main(["--model_path", str(models / "tuned"), "--num_pairs", "4"])
-    assert stop.value.code == 2 and "--num_pairs 4: expected 8 or more" in capsys.readouterr().err
+    assert stop.value.code == 2 and "--num_pairs 4: expected 16 or more" in capsys.readouterr().err
 
 
 def test_a_folder_that_is_no_comparison_is_not_overwritten(models, tmp_path):

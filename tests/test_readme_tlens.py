@@ -12,6 +12,7 @@ import tiny
 from test_scripts import assert_parses, commands_in, flags, parser_of
 
 import analyze_with_tlens
+import compare_reasoning
 from stoney_rl.interp import analysis, hooked, live, pairs, plan, report, tracer, trust
 from stoney_rl.lexicon import read_lexicon
 from stoney_rl.prompts import encode_example, end_of_turn_ids
@@ -63,7 +64,7 @@ def test_every_command_parses():
 
 
 def test_every_flag_exists():
-    scripts = ("analyze_with_tlens.py", "train_lora.py", "train_grpo.py")
+    scripts = ("analyze_with_tlens.py", "compare_reasoning.py", "train_lora.py", "train_grpo.py")
     known = {
         name for script in scripts for action in flags(parser_of(script)).values() for name in action.option_strings
     }
@@ -74,6 +75,8 @@ def test_every_flag_exists():
 def test_tasks_and_families_are_those_of_the_script():
     assert [quoted(row[0])[0] for row in rows(section("Tasks"))] == list(analyze_with_tlens.TASKS)
     assert [quoted(row[0])[0] for row in rows(section("Prompt pairs"))] == list(analyze_with_tlens.FAMILIES)
+    built = [row[0] for row in rows(section("Comparing families and checkpoints")) if row[0].startswith("`")]
+    assert [quoted(name)[0] for name in built] == [*compare_reasoning.FAMILIES, *compare_reasoning.CONTROLS]
 
 
 # Python

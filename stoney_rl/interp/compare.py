@@ -22,6 +22,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from stoney_rl.errors import StoneyError
 from stoney_rl.interp import changes, closure, localise, significance, tasks, tuned_lens, when, where
 from stoney_rl.interp.analysis import Measured, read_task, write_task
 from stoney_rl.interp.hooked import Batch, HookedModel, by_length, left_padded, random_hooked
@@ -30,6 +31,7 @@ from stoney_rl.interp.pairs import PromptPair
 from stoney_rl.interp.tasks import CONTROLS, FAMILIES, Family, listed_facts
 
 NOT_LOCALISED = ("lexicon_shuffled",)  # its prompts are the lexicon's: what it is for is the accuracy
+FEWEST = 8  # couples: four in each half, which overlap parts in two again
 KINDS = {"components": COMPONENTS, "neurons": NEURONS}
 FLOOR_COUPLES = 12
 FLOOR_TASKS = ("decision", "localise")
@@ -132,6 +134,11 @@ def make_plan(
         name: pool.couples(chosen.get(name, range(min(settings.couples, len(pool.pairs) // 2))))
         for name, pool in pools.items()
     }
+    for name, family in families.items():
+        if len(set(family.clusters)) < FEWEST:
+            raise StoneyError(
+                f"{name}: {len(set(family.clusters))} couples; {FEWEST} at least are needed, to choose parts on one half and report on the other"
+            )
     ids, examples, clusters = texts
     return Plan(families, reference, ids, clusters, examples, settings, batch_size, seed)
 

@@ -58,10 +58,10 @@ def summarise(
         shared_parts(plan, measured, floor, main),
         *([needed_parts(plan, own)] if "knockout" in own else []),
         tokens_or_language(plan, own),
-        depth(plan, measured, floor, main),
-        *([pivot(plan, own, floor)] if own["guesses"].arrays else []),
+        depth(plan, measured, main),
+        *([pivot(plan, own)] if own["guesses"].arrays else []),
         *([assembly(own, floor)] if own["assembly"].arrays else []),
-        copying(plan, own, floor),
+        copying(plan, own),
         cost(plan, measured),
         *(change(plan, measured, changes, pair, is_floor=twin in pair) for pair in changes),
     ]
@@ -85,8 +85,8 @@ def fairness(plan: Plan, measured: Models, floor: Mapping[str, Measured] | None,
     for name in plan.families:
         cells = []
         for model, tasks in models.items():
-            right = _couples(_right(tasks["decision"], name))
-            numbers[f"{model}/{name}"] = found = _mean(right, plan.seed)
+            found = _mean(_couples(_right(tasks["decision"], name)), plan.seed) if _has(tasks, name) else None
+            numbers[f"{model}/{name}"] = found
             cells.append(_percent(found))
         rows.append([_label(name), *cells])
     off = [
@@ -168,7 +168,7 @@ def shared_parts(plan: Plan, measured: Models, floor: Mapping[str, Measured] | N
 
 
 def _overlaps(plan: Plan, measured: Measured, kind: str) -> dict:
-    names = plan.localised
+    names = [name for name in plan.localised if f"{name}/heads" in measured.arrays]
     return {
         (a, b): localise.overlap(
             values_of(measured, a), _couple_clusters(plan.choosing(a)), values_of(measured, b), _couple_clusters(plan.choosing(b)),
@@ -182,8 +182,9 @@ def _overlaps(plan: Plan, measured: Measured, kind: str) -> dict:
 def _floor_overlap(plan: Plan, floor: Mapping[str, Measured] | None, kind: str) -> dict:
     if not floor:
         return {}
-    sets = {name: set(localise.strongest(values_of(floor["localise"], name), KINDS[kind])) for name in plan.localised}
-    return {(a, b): len(sets[a] & sets[b]) / len(sets[a]) for a, b in combinations(plan.localised, 2)}
+    names = [name for name in plan.localised if f"{name}/heads" in floor["localise"].arrays]
+    sets = {name: set(localise.strongest(values_of(floor["localise"], name), KINDS[kind])) for name in names}
+    return {(a, b): len(sets[a] & sets[b]) / len(sets[a]) for a, b in combinations(names, 2)}
 
 
 def _overlap_sentence(plan: Plan, found: Mapping, kind: str, k: int) -> str:
@@ -327,50 +328,62 @@ def _shift(plan: Plan, measured: Measured) -> dict | None:
     return _mean(cut[:n] - natural[:n], plan.seed)
 
 
-def depth(plan: Plan, measured: Models, floor: Mapping[str, Measured] | None, main: str) -> dict:
-    """Depth of the answer by the lens (tuned where it was fitted), differences to the reference couple by couple."""
-    own = measured[main]
-    task = "tuned" if "tuned" in own else "decision"
-    layers = own[task].arrays[f"{plan.reference}/answer"].shape[1] - 1
-    rows, numbers, parts = [], {}, []
-    for name in plan.families:
-        values = _couples(own[task].arrays[f"{name}/answer_depth"])
-        numbers[name] = found = _mean(values[np.isfinite(values)], plan.seed)
-        difference = (
-            _paired(values, _couples(own[task].arrays[f"{plan.reference}/answer_depth"]), plan.seed)
-            if name != plan.reference
-            else None
+def depth(plan: Plan, measured: Models, main: str) -> dict:
+    """Depth of the answer by each lens that was read, differences to the reference couple by couple."""
+    own, numbers, tables, answer = measured[main], {}, [], []
+    for task, lens in (("decision", "logit lens"), ("tuned", "tuned lens")):
+        if task not in own:
+            continue
+        arrays = own[task].arrays
+        layers = arrays[f"{plan.reference}/answer"].shape[1] - 1
+        reference = _couples(arrays[f"{plan.reference}/answer_depth"])
+        numbers[task], rows, parts = {}, [], []
+        for name in plan.families:
+            if f"{name}/answer_depth" not in arrays:
+                continue
+            values = _couples(arrays[f"{name}/answer_depth"])
+            found = _mean(_finite(values), plan.seed)
+            shift = None if name == plan.reference else _paired(values, reference, plan.seed)
+            numbers[task][name] = {"depth": found, "to_reference": shift}
+            known = f"{np.isfinite(values).sum()} of {len(values)}"
+            rows.append([_label(name), _value(found, ".1f"), _value(shift, "+.1f"), _detected(shift), known])
+            if shift is not None and name not in CONTROLS:
+                parts.append(f"{_label(name)} {_value(found, '.1f')} ({_value(shift, '+.1f')}{_unseen(shift, '.1f')})")
+        first = _value(numbers[task][plan.reference]["depth"], ".1f")
+        answer.append(
+            f"When? By the {lens} the answer stays ahead from layer {first} of {layers} on for {_label(plan.reference)}; "
+            f"{'; '.join(parts)} (in brackets: how much later than the reference, couple by couple)."
         )
-        rows.append([_label(name), _value(found, ".1f"), "" if difference is None else _value(difference, "+.1f"), "" if difference is None else _number(difference["detectable"]),
-                     f"{np.isfinite(values).sum()} of {len(values)}"])  # fmt: skip
-        if difference is not None and name not in CONTROLS:
-            parts.append(
-                f"{_label(name)} {_value(found, '.1f')} ({_value(difference, '+.1f')}{_unseen(difference, '.1f')})"
-            )
+        tables.append(_table(
+            f"{lens}: first layer from which on the answer is likelier than the wrong one, mean over couples that end right",
+            ["family", "layer", "to the reference", "would have been seen", "couples"], rows,
+        ))  # fmt: skip
+    if "tuned" in own:
+        fit = {key: np.mean(own["tuned"].facts["fit"][key]) for key in ("tuned_kl", "plain_kl")}
+        answer[-1] += (
+            f" On held-out tokens the tuned lens is {fit['tuned_kl']:.2f} nats from the output (mean over layers), the logit "
+            f"lens {fit['plain_kl']:.2f}."
+        )
     curves = {
-        model: {name: {key: tasks["decision"].arrays[f"{name}/{key}"].mean(0) for key in ("answer", "entropy")} for name in plan.families}
+        model: {
+            name: {key: tasks["decision"].arrays[f"{name}/{key}"].mean(0) for key in ("answer", "entropy")}
+            for name in plan.families
+            if _has(tasks, name)
+        }
         for model, tasks in measured.items()
-    }  # fmt: skip
-    answer = [
-        f"When? By the {'tuned ' if task == 'tuned' else ''}lens the answer stays ahead from layer {_value(numbers[plan.reference], '.1f')} of {layers} on for {_label(plan.reference)}; "
-        + "; ".join(parts) + " (in brackets: less than or beyond the reference, couple by couple)."
-    ]  # fmt: skip
-    if task == "tuned":
-        fit = own["tuned"].facts["fit"]
-        answer[0] += (
-            f" The tuned lens is {np.mean(fit['tuned_kl']):.2f} nats from the output on held-out tokens, the plain one {np.mean(fit['plain_kl']):.2f}."
-        )
+    }
     return _section(
-        "depth", "At which layer is the answer decided?", answer,
-        tables=[_table("First layer from which on the answer is likelier than the wrong one, mean over couples that end right", ["family", "layer", "to the reference", "would have been seen", "couples"], rows)],
-        numbers={"depth": numbers, "curves": curves, "lens": task},
+        "depth", "At which layer is the answer decided?", answer, tables=tables,
+        numbers={"depth": numbers, "curves": curves},
         tells="from which layer on the output, read early, prefers the right answer.",
-        cannot="that the layers before do not know it: they may hold it in a form that the lens does not read. A tuned lens reads more, and may read what the model doesn't use.",
-        source="Logit lens as Wendler et al. (2402.10588, figure 2); tuned lens Belrose et al. (2303.08112). We ask where the right of two matched answers wins, not which language a token belongs to.",
+        cannot="that the layers before do not know it: they may hold it in a form that the lens does not read. A tuned lens "
+        "reads more, and may read what the model doesn't use.",
+        source="Logit lens as Wendler et al. (2402.10588, figure 2); tuned lens Belrose et al. (2303.08112). We ask where the "
+        "right of two matched answers wins, not which language a token belongs to.",
     )  # fmt: skip
 
 
-def pivot(plan: Plan, own: Mapping[str, Measured], floor: Mapping[str, Measured] | None) -> dict:
+def pivot(plan: Plan, own: Mapping[str, Measured]) -> dict:
     """Probability of the English meaning above the other asked word's, by layer; the language's families less the English one."""
     task = own["tuned"] if "tuned" in own else own["guesses"]
     curves, rows, numbers, parts = {}, [], {}, []
@@ -465,7 +478,7 @@ def assembly(own: Mapping[str, Measured], floor: Mapping[str, Measured] | None) 
     )  # fmt: skip
 
 
-def copying(plan: Plan, own: Mapping[str, Measured], floor: Mapping[str, Measured] | None) -> dict:
+def copying(plan: Plan, own: Mapping[str, Measured]) -> dict:
     """Heads that look at what is to be copied: by token, by word; how alike families are; spans and sinks."""
     rows, numbers, parts = [], {}, []
     names = [name for name in plan.localised if own["copying"].facts["measured"][name]["token"]]
@@ -536,6 +549,9 @@ def cost(plan: Plan, measured: Models) -> dict:
     for name in plan.families:
         cells = []
         for model, tasks in measured.items():
+            if not _has(tasks, name):
+                cells.append("–")
+                continue
             arrays = tasks["cost"].of(name)
             known = np.isfinite(arrays["nats"])
             rate = float(arrays["nats"][known].sum() / arrays["bytes"][known].sum()) if known.any() else None
@@ -595,7 +611,7 @@ def change(plan: Plan, measured: Models, changes: Changes, pair: tuple[str, str]
     numbers["units"] = units
     answer.append(f"Heads, {what}: " + "; ".join(_unit_sentence(name, one) for name, one in units.items()) + ".")
     numbers["behaviour"] = {}
-    for name in plan.localised:
+    for name in units:
         before, after = (_couples(_m(measured[model]["decision"], name)) for model in pair)
         numbers["behaviour"][name] = _paired(after, before, plan.seed)
     closure = found["closure"].facts
@@ -751,6 +767,11 @@ def _m(decision: Measured, name: str) -> np.ndarray:
     return (decision.arrays[f"{name}/answer"] - decision.arrays[f"{name}/wrong"])[:, -1]
 
 
+def _has(tasks: Mapping[str, Measured], name: str) -> bool:
+    """Whether the model was asked this family; controls are for the main one."""
+    return f"{name}/answer" in tasks["decision"].arrays
+
+
 def _right(decision: Measured, name: str) -> np.ndarray:
     return (_m(decision, name) > 0).astype(np.float64)
 
@@ -807,6 +828,10 @@ def _percent(found: Mapping | None) -> str:
 
 def _bounds(low: float | None, high: float | None, form: str = ".2f") -> str:
     return "" if low is None or high is None else f"[{format(low, form)}, {format(high, form)}]"
+
+
+def _detected(found: Mapping | None) -> str:
+    return "" if found is None else _number(found["detectable"])
 
 
 def _unseen(found: Mapping, form: str) -> str:
