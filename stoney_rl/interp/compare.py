@@ -28,14 +28,14 @@ from stoney_rl.interp.analysis import Measured, read_task, write_task
 from stoney_rl.interp.hooked import Batch, HookedModel, by_length, left_padded, random_hooked
 from stoney_rl.interp.localise import COMPONENTS, NEURONS, PartSet
 from stoney_rl.interp.pairs import PromptPair
-from stoney_rl.interp.tasks import CONTROLS, FAMILIES, Family, listed_facts
+from stoney_rl.interp.tasks import ALIGNED, CONTROLS, FAMILIES, Family, listed_facts
 
 NOT_LOCALISED = ("lexicon_shuffled",)  # its prompts are the lexicon's: what it is for is the accuracy
 FEWEST = 8  # couples: four in each half, which overlap parts in two again
 KINDS = {"components": COMPONENTS, "neurons": NEURONS}
 FLOOR_COUPLES = 12
 FLOOR_TASKS = ("decision", "localise")
-CLOSURE_SIZES, CLOSURE_DRAWS = (1, 4, 16), 4
+CLOSURE_SIZES, CLOSURE_DRAWS = (1, 4), 4
 
 
 @dataclass(frozen=True)
@@ -45,13 +45,13 @@ class Settings:
     ``patched`` single parts in earnest; ``words`` whose assembly is probed; ``closed`` examples, half to choose parts on; whether a ``tuned`` lens is fitted."""
 
     couples: int = 100
-    localised: int = 20
-    reported: int = 20
+    localised: int = 16
+    reported: int = 16
     draws: int = 100
     few: int = 1
     patched: int = 5
     words: int = 120
-    closed: int = 32
+    closed: int = 24
     tuned: bool = True
 
 
@@ -209,7 +209,7 @@ def values_of(measured: Measured, family: str) -> dict[str, torch.Tensor]:
 
 
 def measure_knockout(model: HookedModel, plan: Plan, done: dict[str, Measured]) -> Measured:
-    return _knocked_out(model, plan, done, "components", plan.localised)
+    return _knocked_out(model, plan, done, "components", [name for name in plan.localised if name not in ALIGNED])
 
 
 def measure_knockout_neurons(model: HookedModel, plan: Plan, done: dict[str, Measured]) -> Measured:
