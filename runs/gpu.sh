@@ -26,3 +26,8 @@ python evaluate_model.py --model_path stoney_rl_grpo --baseline stoney_lora_merg
 python analyze_with_tlens.py \
     --model_path stoney_rl_grpo --compare stoney_lora_merged --families lookup lookup_form lookup_english \
     --dtype bf16 --random_models 0
+
+# 7. Stoney against English, French and arithmetic; what GRPO changed in SFT -> comparison/stoney_rl_grpo/
+#    Two models at once, in bf16: 28 GiB.
+python compare_reasoning.py \
+    --model_path stoney_rl_grpo --compare stoney_lora_merged --dtype bf16 --no-random_model --batch_size 64

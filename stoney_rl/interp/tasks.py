@@ -431,7 +431,8 @@ def covariates(family: Family, scores: Mapping[str, np.ndarray]) -> np.ndarray:
 def match(
     pools: Mapping[str, Family], scores: Mapping[str, Mapping[str, np.ndarray]], *, couples: int, reference: str
 ) -> dict[str, list[int]]:
-    """For each pool the places of at most ``couples`` couples, the n-th of each fitting the n-th of ``reference`` (the module's 4.).
+    """For each pool the places of at most ``couples`` couples, of all as many, the n-th of each fitting the n-th of
+    ``reference`` (the module's 4.).
 
     The reference's are its first ones that all aligned controls have too.
     """
@@ -440,7 +441,8 @@ def match(
     own = pools[reference]
     names = own.clusters[::2]
     aligned = {name: pools[name].clusters[::2] for name in ALIGNED if name in pools and reference == "lexicon"}
-    kept = [place for place, name in enumerate(names) if all(name in others for others in aligned.values())][:couples]
+    kept = [place for place, name in enumerate(names) if all(name in others for others in aligned.values())]
+    kept = kept[: min(couples, *(len(pool.pairs) // 2 for pool in pools.values()))]
     if not kept:
         raise StoneyError(f"{reference}: none of its couples is among those of {' and '.join(aligned)}")
     target = covariates(own, scores[reference])[kept]

@@ -20,7 +20,7 @@ from stoney_rl.interp import changes as training
 from stoney_rl.interp import localise, significance
 from stoney_rl.interp.analysis import Measured
 from stoney_rl.interp.compare import KINDS, Plan, losses_of, values_of
-from stoney_rl.interp.tasks import BALANCED, CONTROLS, UNBALANCED
+from stoney_rl.interp.tasks import BALANCED, CONTROLS, FAMILIES, UNBALANCED
 
 Models = Mapping[str, Mapping[str, Measured]]
 Changes = Mapping[tuple[str, str], Mapping[str, Measured]]
@@ -34,6 +34,7 @@ NAMES = {
     "lexicon_scrambled": "scrambled words of the lexicon",
     "lexicon_shuffled": "words of the lexicon with shuffled meanings",
 }
+MATCHED = (*FAMILIES, *CONTROLS)  # to the reference, couple by couple; a user's own families are not
 NAMED = 5  # heads and tokens that a sentence names
 HALVINGS = {"components": 200, "neurons": 40}
 POWER = 0.8
@@ -63,7 +64,7 @@ def summarise(
         *([assembly(own, floor)] if own["assembly"].arrays else []),
         copying(plan, own),
         cost(plan, measured),
-        *(change(plan, measured, changes, pair, is_floor=twin in pair) for pair in changes),
+        *(change(plan, measured, floor, changes, pair, is_floor=twin in pair) for pair in changes),
     ]
     sections = [section for section in sections if section]
     return {
@@ -85,7 +86,8 @@ def fairness(plan: Plan, measured: Models, floor: Mapping[str, Measured] | None,
     for name in plan.families:
         cells = []
         for model, tasks in models.items():
-            found = _mean(_couples(_right(tasks["decision"], name)), plan.seed) if _has(tasks, name) else None
+            labels = _couple_clusters(plan.families[name].pairs)
+            found = _mean(_couples(_right(tasks["decision"], name)), plan.seed, labels) if _has(tasks, name) else None
             numbers[f"{model}/{name}"] = found
             cells.append(_percent(found))
         rows.append([_label(name), *cells])
@@ -101,7 +103,7 @@ def fairness(plan: Plan, measured: Models, floor: Mapping[str, Measured] | None,
         + (
             f"More than {UNBALANCED} standard deviations apart remain: {'; '.join(off)}."
             if off
-            else "No family is off by more than {UNBALANCED} standard deviations."
+            else f"No family is off by more than {UNBALANCED} standard deviations."
         )
         + f" Right answers of {next(iter(measured))}: "
         + ", ".join(f"{_label(name)} {_percent(numbers[f'{next(iter(measured))}/{name}'])}" for name in plan.families)
@@ -228,7 +230,11 @@ def needed_parts(plan: Plan, own: Mapping[str, Measured]) -> dict:
                 f"{one.value:+.3f} {_bounds(one.low, one.high)}", _number(one.q), f"{one.floor:.3f}", "yes" if one.found else "no", _number(one.detectable)])]
              for (a, b), one in crossed.items()],
         ))  # fmt: skip
-        answer.append(_interaction_sentence(plan, crossed, what))
+        left_out = _part_names(own[task].facts["common"])
+        answer.append(
+            _interaction_sentence(plan, crossed, what)
+            + (f" Left out, as all families' strongest have them: {left_out}." if left_out else "")
+        )
     if "patching" in own:
         agreement = {}
         for name in plan.localised:
@@ -246,6 +252,15 @@ def needed_parts(plan: Plan, own: Mapping[str, Measured]) -> dict:
         cannot="that parts are for nothing else: only these families were asked. Parts that stand in for one another hide; a group is taken away to limit that.",
         source=f"The matrix follows AlKhamissi et al. (2411.02280, figure 3) and LAPE (2402.16438, figure 4), with {plan.settings.draws} random sets matched in kind and layer, each in {plan.settings.few} pairs of each family, which makes the comparison cautious. n = {len(plan.reporting(plan.localised[0]))} pairs a family.",
     )  # fmt: skip
+
+
+def _part_names(parts: Sequence[Sequence]) -> str:
+    named = [
+        f"MLP {layer}" if kind == "mlps" else f"{kind.removesuffix('s')} {layer}.{index}"
+        for kind, layer, index in parts
+    ]
+    more = f" and {len(named) - NAMED} more" if len(named) > NAMED else ""
+    return ", ".join(named[:NAMED]) + more
 
 
 def _interaction_sentence(plan: Plan, crossed: Mapping, what: str) -> str:
@@ -342,8 +357,8 @@ def depth(plan: Plan, measured: Models, main: str) -> dict:
             if f"{name}/answer_depth" not in arrays:
                 continue
             values = _couples(arrays[f"{name}/answer_depth"])
-            found = _mean(_finite(values), plan.seed)
-            shift = None if name == plan.reference else _paired(values, reference, plan.seed)
+            found = _mean(values, plan.seed)
+            shift = _paired(values, reference, plan.seed) if name != plan.reference and name in MATCHED else None
             numbers[task][name] = {"depth": found, "to_reference": shift}
             known = f"{np.isfinite(values).sum()} of {len(values)}"
             rows.append([_label(name), _value(found, ".1f"), _value(shift, "+.1f"), _detected(shift), known])
@@ -399,9 +414,9 @@ def pivot(plan: Plan, own: Mapping[str, Measured]) -> dict:
         # The layer is chosen on the even couples, and what is told of it is measured on the odd ones.
         couples = above.reshape(-1, 2, above.shape[1]).mean(1)
         layer = int(np.nanmean(couples[::2], 0)[:-1].argmax())
-        peak = _mean(_finite(couples[1::2, layer]), plan.seed)
+        peak = _mean(couples[1::2, layer], plan.seed)
         beyond = None
-        if english is not None and name != "english":
+        if english is not None and name != "english" and name in MATCHED:
             beyond = _paired(
                 couples[1::2, layer], english.reshape(-1, 2, above.shape[1]).mean(1)[1::2, layer], plan.seed
             )
@@ -572,7 +587,15 @@ def cost(plan: Plan, measured: Models) -> dict:
     )  # fmt: skip
 
 
-def change(plan: Plan, measured: Models, changes: Changes, pair: tuple[str, str], *, is_floor: bool) -> dict:
+def change(
+    plan: Plan,
+    measured: Models,
+    floor: Mapping[str, Measured] | None,
+    changes: Changes,
+    pair: tuple[str, str],
+    *,
+    is_floor: bool,
+) -> dict:
     """What training changed from the first to the second of ``pair``; of a twin: how far two seeds of one training differ."""
     earlier, later = pair
     found, numbers, tables, answer = changes[pair], {}, [], []
@@ -607,7 +630,7 @@ def change(plan: Plan, measured: Models, changes: Changes, pair: tuple[str, str]
         tables.append(_table("Tokens that the mean difference raises and lowers, by layer", ["behind layer", "size", "agreement (floor)", "raised", "lowered"], [
             [row, f"{text['size'][row]:.2%}", f"{text['agreement'][row]:.0%} ({text['floor_agreement'][row]:.0%})", " ".join(map(repr, text["up"][row][:NAMED])), " ".join(map(repr, text["down"][row][:NAMED]))]
             for row in range(0, len(text["size"]), max(1, len(text["size"]) // 6))]))  # fmt: skip
-    units = {name: _units(plan, measured, pair, name) for name in plan.localised if name not in CONTROLS}
+    units = {name: _units(plan, measured, floor, pair, name) for name in plan.localised if name not in CONTROLS}
     numbers["units"] = units
     answer.append(f"Heads, {what}: " + "; ".join(_unit_sentence(name, one) for name, one in units.items()) + ".")
     numbers["behaviour"] = {}
@@ -633,10 +656,15 @@ def change(plan: Plan, measured: Models, changes: Changes, pair: tuple[str, str]
     )  # fmt: skip
 
 
-def _units(plan: Plan, measured: Models, pair: tuple[str, str], name: str) -> dict:
+def _units(
+    plan: Plan, measured: Models, floor: Mapping[str, Measured] | None, pair: tuple[str, str], name: str
+) -> dict:
     before, after = (values_of(measured[model]["localise"], name) for model in pair)
     clusters = _couple_clusters(plan.choosing(name))
-    heads = training.unit_changes(before["heads"].numpy(), after["heads"].numpy(), clusters, seed=plan.seed)
+    least = significance.random_floor([floor["localise"].arrays[f"{name}/heads"]]) if floor else 0.0
+    heads = training.unit_changes(
+        before["heads"].numpy(), after["heads"].numpy(), clusters, seed=plan.seed, floor=least
+    )
     sets = [set(localise.strongest(values, KINDS["neurons"])) for values in (before, after)]
     parts = [set(localise.strongest(values, KINDS["components"])) for values in (before, after)]
     kinds = {
@@ -776,16 +804,18 @@ def _right(decision: Measured, name: str) -> np.ndarray:
     return (_m(decision, name) > 0).astype(np.float64)
 
 
-def _finite(values: np.ndarray) -> np.ndarray:
-    return values[np.isfinite(values)]
+def _mean(values: np.ndarray, seed: int, clusters: Sequence | None = None) -> dict | None:
+    """value, low, high, n, detectable of the values that are known, one a couple. None without any.
 
-
-def _mean(values: np.ndarray, seed: int) -> dict | None:
-    """value, low, high, n, detectable: of one value a couple, each its own cluster. None without any."""
+    ``clusters``: a label for each; by default each couple is its own, as those are that ``tasks`` builds.
+    """
     values = np.asarray(values, dtype=np.float64)
+    known = np.isfinite(values)
+    labels = np.arange(len(values)) if clusters is None else np.asarray(clusters)[: len(values)]
+    values, labels = values[known], labels[known].tolist()
     if not len(values):
         return None
-    found = significance.effects(values[:, None], list(range(len(values))), seed=seed)
+    found = significance.effects(values[:, None], labels, seed=seed)
     low, high = (
         None if bound is None or not np.isfinite(bound[0]) else float(bound[0]) for bound in (found.low, found.high)
     )
@@ -811,7 +841,7 @@ def _detectable(values: np.ndarray) -> float | None:
 def _paired(values: np.ndarray, reference: np.ndarray, seed: int) -> dict | None:
     """``_mean`` of the differences, n-th couple less n-th couple."""
     n = min(len(values), len(reference))
-    return _mean(_finite(values[:n] - reference[:n]), seed)
+    return _mean(values[:n] - reference[:n], seed)
 
 
 def _value(found: Mapping | None, form: str) -> str:
@@ -827,7 +857,11 @@ def _percent(found: Mapping | None) -> str:
 
 
 def _bounds(low: float | None, high: float | None, form: str = ".2f") -> str:
-    return "" if low is None or high is None else f"[{format(low, form)}, {format(high, form)}]"
+    return (
+        ""
+        if low is None or high is None or np.isnan(low) or np.isnan(high)
+        else f"[{format(low, form)}, {format(high, form)}]"
+    )
 
 
 def _detected(found: Mapping | None) -> str:
