@@ -390,9 +390,10 @@ def mix_rows(model_name: str, families: dict, draws: int, threads: int, seed: in
         return worst
 
     worst, single = timed(one_at_a_time)
+    typical = float(losses.own[name][name].abs().mean())
     return {
         "fast": mixed, "slow": single, "times_faster": single["cpu_seconds"] / mixed["cpu_seconds"],
-        "largest_difference": worst, "sets": 1 + draws, "families": len(families),
+        "largest_difference": worst, "typical_loss": typical, "sets": 1 + draws, "families": len(families),
     }  # fmt: skip
 
 
