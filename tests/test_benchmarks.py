@@ -14,7 +14,7 @@ import pytest
 import tiny
 from complete import only_complete
 
-from benchmarks import evaluate, interp, matmul, measure, scaling, sft, survival
+from benchmarks import compare, evaluate, interp, matmul, measure, scaling, sft, survival
 from stoney_rl.errors import StoneyError
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -175,7 +175,7 @@ def test_matmul_rates_are_positive_and_of_every_shape():
     assert all(rate["small"] > 0 for rate in rates.values())
 
 
-@pytest.mark.parametrize("script", ["sft.py", "evaluate.py", "matmul.py", "interp.py"])
+@pytest.mark.parametrize("script", ["sft.py", "evaluate.py", "matmul.py", "interp.py", "compare.py"])
 def test_help_is_quick_and_loads_nothing_heavy(script, tmp_path):
     code = (
         "import sys, runpy\n"
@@ -375,6 +375,129 @@ def test_what_interp_compares_must_be_there(tmp_path):
     ):
         with pytest.raises(StoneyError, match=message):
             interp.main([*given, *more])
+
+
+# compare.py
+
+
+def test_growth_by_hand():
+    plans = compare.plans_of([2, 3, 4], [8, 16], [4])
+    assert [tuple(plan.values()) for plan in plans] == [(2, 8, 4), (3, 8, 4), (4, 8, 4), (2, 16, 4), (3, 16, 4)]
+    costs = [
+        {
+            "localisation": {"cpu_seconds": plan["families"] * plan["pairs"]},
+            "matrix": {"cpu_seconds": plan["families"] ** 2},
+            "tasks": {"cpu_seconds": 5.0},
+        }
+        for plan in plans
+    ]
+    growth = compare.growth_of(plans, costs)
+    # The plan in the middle lies on no axis and takes no part: it would bend every slope.
+    assert growth["exponents"]["localisation"] == {
+        "families": pytest.approx(1),
+        "pairs": pytest.approx(1),
+        "layers": None,
+    }
+    assert growth["exponents"]["matrix"] == {"families": pytest.approx(2), "pairs": pytest.approx(0), "layers": None}
+    # families x pairs x layers: 3 x 16 x 4 over 2 x 8 x 4
+    assert growth["in_the_middle"] == {"product": 3.0, "localisation": 3.0, "matrix": 2.25, "tasks": 1.0}
+    assert compare.growth_of(plans[:4], costs[:4])["in_the_middle"] is None
+
+
+def test_the_plain_way_is_extrapolated_and_ranked_by_hand():
+    def cost(cpu, wall):
+        return {"cpu_seconds": cpu, "seconds": wall}
+
+    ours = {
+        "components": cost(4.0, 1.0),
+        "test": cost(6.0, 1.0) | {"parts": 3},
+        "values": {"heads": [[0.1, 0.9], [0.2, 0.3]], "mlps": [0.5, 0.0]},
+    }
+    plain = {
+        "of": 6,
+        "parts": [["heads", 0, 1], ["mlps", 0, 0], ["heads", 1, 0]],
+        "effects": [8.0, 3.0, 4.0],  # estimates 0.9, 0.5, 0.2
+        "start": cost(2.0, 1.0),
+        "each": {"cpu_seconds": [1.0, 2.0, 6.0], "seconds": [1.0, 1.0, 1.0]},
+    }
+    found = compare.compared(ours, plain)
+    assert found["plain"]["every_part"] == cost(2 + 6 * 3.0, 1 + 6 * 1.0)
+    assert found["plain"]["test"] == cost(2 + 3 * 3.0, 1 + 3 * 1.0)
+    assert found["times_faster"] == 20 / 4
+    assert found["times_faster_with_test"] == (20 + 11) / (4 + 6)
+    assert found["rank_agreement"] == pytest.approx(0.5)
+
+
+def test_the_plain_way_finds_what_true_patching_finds():
+    import torch
+    from prompt_pairs import one_batch, random_pairs
+
+    from stoney_rl.interp.localise import part_set, true_patching
+
+    model, pairs = tiny.lively("llama"), random_pairs([9, 9, 12])
+    parts = [("heads", 0, 1), ("heads", 1, 3), ("mlps", 0, 0)]
+    batch = one_batch(pairs)
+    cache, corrupt = compare.plain_start(model.bridge, batch)
+    plain = torch.stack([compare.plain_effect(model.bridge, batch, cache, part) - corrupt for part in parts], 1)
+    expected = true_patching(model, pairs, part_set(parts))
+    assert expected.abs().min() > 1e-3
+    assert torch.allclose(plain, expected, atol=1e-4)
+
+
+def test_mixed_passes_and_a_pass_a_set_give_the_same(monkeypatch):
+    from prompt_pairs import random_pairs
+
+    model = tiny.lively("llama")
+    monkeypatch.setattr(compare, "opened", lambda *_: (model, None))
+    families = {name: random_pairs([9, 9, 12, 12], seed=seed) for seed, name in enumerate(("one", "other"))}
+    found = compare.mix_rows("", families, 3, 1, 0)
+    assert found["largest_difference"] < 1e-4
+    assert found["typical_loss"] > 0.01
+    assert (found["sets"], found["families"]) == (4, 2)
+    assert found["times_faster"] == found["slow"]["cpu_seconds"] / found["fast"]["cpu_seconds"]
+
+
+@only_complete
+def test_families_are_compared_at_every_size(tmp_path, capsys):
+    model, output = tiny.checkpoint(tmp_path / "model"), tmp_path / "out.json"
+    compare.main(
+        ["--model_path", str(model), "--families", "english", "arithmetic", "french", "--pairs", "8", "12",
+         "--layers", "1", "2", "--num_pairs", "4", "--sample", "8", "--random_sets", "3", "--threads", "1",
+         "--output", str(output)]
+    )  # fmt: skip
+    text = output.read_text()
+    report = json.loads(text)
+    plans = report["growth"]["plans"]
+    # The smallest, one more of each, and all three in the middle (of two numbers the larger).
+    sizes = [(plan["families"], plan["pairs"], plan["layers"]) for plan in plans]
+    assert sizes == [(2, 8, 1), (3, 8, 1), (2, 12, 1), (2, 8, 2), (3, 12, 2)]
+    for plan, (families, pairs, _) in zip(plans, sizes, strict=True):
+        assert plan["cost"]["matrix"]["rows"] == families**2 * (pairs + 3 * 2)
+        each = plan["cost"]["tasks"]["each"]
+        assert {"decision", "localise", "knockout", "knockout_neurons", "patching"} <= set(each)
+        assert plan["cost"]["tasks"]["cpu_seconds"] == pytest.approx(sum(one["cpu_seconds"] for one in each.values()))
+    beside = report["beside"]
+    assert (beside["plain"]["of"], len(beside["plain"]["effects"])) == (2 * 4 + 2, 8)
+    assert beside["rank_agreement"] > 0.8
+    assert report["mixed_rows"]["largest_difference"] < 1e-4
+    assert report["mixed_rows"]["sets"] == 4
+    assert report["n"] == 4 and len(report["tokens"]) == 4
+    assert "sofa" not in text  # a word of the English prompts
+    assert "exponent in families" in capsys.readouterr().out
+
+
+def test_what_compare_compares_must_be_there(tmp_path, capsys):
+    given = ["--model_path", str(tiny.checkpoint(tmp_path / "model"))]
+    for more, message in (
+        (["--lexicon", "nowhere.jsonl"], "--lexicon nowhere.jsonl: no such file"),
+        (["--output", str(tmp_path)], "a directory; name a file"),
+    ):
+        with pytest.raises(StoneyError, match=message):
+            compare.main([*given, *more])
+    for more in (["--families", "english"], ["--pairs", "4"], ["--pairs", "10"]):
+        with pytest.raises(SystemExit):
+            compare.main([*given, *more])
+        assert "two --families or more" in capsys.readouterr().err
 
 
 # scaling.py and survival.py; whole runs are in test_distributed.py
