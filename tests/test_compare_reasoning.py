@@ -196,7 +196,7 @@ def test_the_report_and_pictures_go_to_wandb(models, compared, tmp_path, monkeyp
     ("more", "expected"),
     [
         (["--families", "english", "--controls", "lexicon_scrambled"], "--controls lexicon_scrambled: belongs to the family lexicon"),
-        (["--pairs_file", "missing.jsonl"], "missing.jsonl does not exist"),
+        (["--families", "english", "--pairs_file", "missing.jsonl"], "missing.jsonl does not exist"),
         (["--device", "cuda:9"], "--device cuda:9"),
         (["--lexicon", "missing.jsonl"], "missing.jsonl: no such file"),
     ],

@@ -102,7 +102,7 @@ def find_lexicon(path: str | None, dataset: str | None) -> list[LexiconEntry]:
     if path is None and not (dataset and prepared.is_prepared(dataset)):
         raise StoneyError(
             "no lexicon to build prompt pairs from: the model names no prepared dataset that is here; "
-            "give --lexicon FILE (a lexicon, or a directory that inspect_hf_dataset.py prepared), or --pairs FILE"
+            "give --lexicon FILE (a lexicon, or a directory that inspect_hf_dataset.py prepared), or pairs of your own"
         )
     found = lexicon_path(path or dataset)
     if not found.exists():

@@ -398,14 +398,15 @@ def depth(plan: Plan, measured: Models, main: str) -> dict:
     )  # fmt: skip
 
 
-def pivot(plan: Plan, own: Mapping[str, Measured]) -> dict:
+def pivot(plan: Plan, own: Mapping[str, Measured]) -> dict | None:
     """Probability of the English meaning above the other asked word's, by layer; the language's families less the English one."""
     task = own["tuned"] if "tuned" in own else own["guesses"]
     curves, rows, numbers, parts = {}, [], {}, []
     english = _above(task, "english")
-    names = [name for name in plan.localised if f"{name}/probability" in task.arrays]
-    for name in names:
+    for name in plan.localised:
         above = _above(task, name)
+        if above is None:
+            continue
         curves[name] = {
             "meaning": np.nanmean(above, 0),
             "answer": np.nanmean(task.arrays[f"{name}/probability"][..., 1], 0),
@@ -439,6 +440,8 @@ def pivot(plan: Plan, own: Mapping[str, Measured]) -> dict:
             parts.append(
                 f"{_label(name)}: at layer {layer} the English meaning is more likely than the other word of the prompt by {_value(peak, '.3f')}{more}"
             )
+    if not curves:
+        return None
     return _section(
         "pivot", "Does the answer pass through English?", [f"Through English? {'; '.join(parts)}. In these prompts the English word stands right before the answer, so only what English itself does not show counts."],
         tables=[_table("English meaning among the guesses, where it is strongest", ["family", "layer", "probability above the other word's", "beyond English", "would have been seen"], rows)],
@@ -450,8 +453,10 @@ def pivot(plan: Plan, own: Mapping[str, Measured]) -> dict:
 
 
 def _above(task: Measured, name: str) -> np.ndarray | None:
+    """The meaning's probability less its rival's [pair, layer + 1]; None where no pair has both."""
     found = task.arrays.get(f"{name}/probability")
-    return None if found is None else found[..., 0] - found[..., 3]
+    above = None if found is None else found[..., 0] - found[..., 3]
+    return above if above is not None and np.isfinite(above).all(1).sum() >= 4 else None
 
 
 def assembly(own: Mapping[str, Measured], floor: Mapping[str, Measured] | None) -> dict:
