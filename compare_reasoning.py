@@ -67,8 +67,10 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--overwrite", action="store_true", help="replace earlier results in the output directory")
 
     asked = parser.add_argument_group("what is asked")
-    asked.add_argument("--families", nargs="+", choices=FAMILIES, default=list(FAMILIES), help="default: all")
-    asked.add_argument("--controls", nargs="*", choices=CONTROLS, help="default: those of the families")
+    asked.add_argument("--families", nargs="+", choices=FAMILIES, help="default: all; with --quick all but french")
+    asked.add_argument(
+        "--controls", nargs="*", choices=CONTROLS, help="default: those of the families; with --quick english_split"
+    )
     asked.add_argument(
         "--pairs_file", metavar="FILE", help="families of your own: prompt pairs, JSON lines, each with a 'family'"
     )
@@ -76,21 +78,23 @@ def build_parser() -> argparse.ArgumentParser:
         "--lexicon", help="lexicon file or prepared directory; default: the one that the model was trained on"
     )
     asked.add_argument(
-        "--num_pairs", type=cli.positive_int, help="pairs a family, two a couple; default 200, with --quick 48"
+        "--num_pairs", type=cli.positive_int, help="pairs a family, two a couple; default 200, with --quick 40"
     )
     asked.add_argument("--include_trained", action="store_true", help="also words that a model was trained on")
 
     measured = parser.add_argument_group("what is measured")
     measured.add_argument(
-        "--quick", action="store_true", help="a look in a few minutes: fewer pairs, wide intervals, no tuned lens"
+        "--quick",
+        action="store_true",
+        help="a look in a few minutes: heads and MLPs alone, fewer pairs, wide intervals; no random model unless asked for",
     )
     measured.add_argument(
         "--random_sets",
         type=cli.positive_int,
-        help="random sets of parts beside each set; default 100, with --quick 20",
+        help="random sets of parts beside each set; default 100, with --quick 10",
     )
-    measured.add_argument("--random_model", action=argparse.BooleanOptionalAction, default=True,
-                          help="measure a model with random weights too, as a floor")  # fmt: skip
+    measured.add_argument("--random_model", action=argparse.BooleanOptionalAction,
+                          help="measure a model with random weights too, as a floor; default: but with --quick")  # fmt: skip
     measured.add_argument("--batch_size", type=cli.positive_int, default=16, help="prompts at a time")
     measured.add_argument(
         "--dtype", choices=["fp32", "bf16", "fp16"], default="fp32", help="half precision doubts small effects"
@@ -109,6 +113,9 @@ def main(argv: list[str] | None = None) -> None:
     if args.num_pairs and args.num_pairs < FEWEST_PAIRS:
         parser.error(f"--num_pairs {args.num_pairs}: expected {FEWEST_PAIRS} or more, as halves of halves are compared")
     tracking.load_env()
+
+    args.families = args.families or [name for name in FAMILIES if not args.quick or name != "french"]
+    args.random_model = not args.quick if args.random_model is None else args.random_model
 
     # 1. The models: the one that is asked about first, then what it came from, then its twin.
     given = [("--model_path", args.model_path), *(("--compare", name) for name in args.compare)]
@@ -181,10 +188,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.random_model:
         open_random = functools.cache(lambda: compare.random_model(open_hooked(main_name), plan))
         floor = {}
-        for few, wanted in (
-            (plan.only(compare.FLOOR_COUPLES), compare.FLOOR_TASKS),
-            (plan.without_controls(), ("assembly",)),
-        ):
+        for few, wanted in compare.floor_tasks(plan):
             floor |= analysis.measure_model(folder / "random", wanted, few, open_random, table=compare.TASKS)
     open_hooked.cache_clear()
     changes = {
@@ -250,6 +254,7 @@ def make_pools(
     controls = args.controls
     if controls is None:
         controls = [name for name in CONTROLS if name.partition("_")[0] in args.families]
+        controls = [name for name in controls if not args.quick or name == "english_split"]
     lacking = [name for name in controls if name.partition("_")[0] not in args.families]
     if lacking:
         raise StoneyError(

@@ -42,7 +42,7 @@ CLOSURE_SIZES, CLOSURE_DRAWS = (1, 4), 4
 class Settings:
     """How much is measured. ``couples`` a family; of the choosing half at most ``localised`` couples are attributed, of the
     reporting half at most ``reported`` are knocked out; ``draws`` random sets beside each set, each in ``few`` pairs of each family;
-    ``patched`` single parts in earnest; ``words`` whose assembly is probed; ``closed`` examples, half to choose parts on; whether a ``tuned`` lens is fitted."""
+    ``patched`` single parts in earnest; ``words`` whose assembly is probed; ``closed`` examples, half to choose parts on; ``texts`` for representations; tasks that are ``left_out``."""
 
     couples: int = 100
     localised: int = 16
@@ -52,11 +52,15 @@ class Settings:
     patched: int = 5
     words: int = 120
     closed: int = 24
-    tuned: bool = True
+    texts: int = 64
+    left_out: tuple[str, ...] = ()
 
 
 FULL = Settings()
-QUICK = Settings(couples=24, localised=12, reported=12, draws=20, few=1, patched=3, words=60, closed=20, tuned=False)
+QUICK = Settings(
+    couples=20, localised=10, reported=10, draws=10, few=1, closed=20, texts=24,
+    left_out=("guesses", "cost", "assembly", "knockout_neurons", "patching", "tuned"),
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -395,7 +399,13 @@ MAIN_ONLY = ("copying", "guesses", "knockout", "knockout_neurons", "patching", "
 def tasks_of(plan: Plan, *, is_main: bool) -> list[str]:
     """The tasks of the model that is asked about, or of another one."""
     found = [name for name in TASKS if is_main or name not in MAIN_ONLY]
-    return [name for name in found if name != "tuned" or (plan.settings.tuned and len(plan.texts) >= 8)]
+    return [name for name in found if name not in plan.settings.left_out and (name != "tuned" or len(plan.texts) >= 8)]
+
+
+def floor_tasks(plan: Plan) -> list[tuple[Plan, Sequence[str]]]:
+    """What a model with random weights is asked: few couples, and all words whose assembly is probed."""
+    probed = [] if "assembly" in plan.settings.left_out else [(plan.without_controls(), ("assembly",))]
+    return [(plan.only(FLOOR_COUPLES), FLOOR_TASKS), *probed]
 
 
 def random_model(model: HookedModel, plan: Plan) -> HookedModel:
@@ -481,7 +491,7 @@ def measure_difference(earlier: HookedModel, later: HookedModel, plan: Plan) -> 
 
 def _texts(model: HookedModel, plan: Plan) -> tuple[list[Batch], list[str]]:
     """Batches in the order of the clusters that are returned."""
-    texts, clusters = plan.texts, plan.text_clusters
+    texts, clusters = plan.texts[: plan.settings.texts], plan.text_clusters[: plan.settings.texts]
     if len(set(clusters)) < 2 * significance.MIN_UNITS:
         pairs = [pair for name in plan.localised for pair in plan.reporting(name)]
         texts, clusters = [list(pair.clean) for pair in pairs], [pair.cluster for pair in pairs]
@@ -511,7 +521,7 @@ def measure_closure(earlier, later, plan: Plan) -> Measured:
         sizes = sorted({min(size, parts) for size in (*CLOSURE_SIZES, parts)})
         found = closure.closure(
             earlier, later, behaviour, choosing, reporting_rows, clusters,
-            sizes=sizes, draws=CLOSURE_DRAWS if plan.settings.tuned else 3, seed=plan.seed,
+            sizes=sizes, draws=CLOSURE_DRAWS, seed=plan.seed,
         )  # fmt: skip
         facts[name] = {
             "gap": found.gap, "note": found.note, "n": len(reporting_rows), "ranking": [list(part) for part in found.ranking],

@@ -146,7 +146,8 @@ def _depth(numbers: Mapping) -> "Figure":
         clean(panel)
     grid[0, 0].set_ylabel("log-probability of the answer, nats", fontsize=8)
     grid[1, 0].set_ylabel("entropy, nats", fontsize=8)
-    grid[0, -1].legend(frameon=False, fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
+    lines, names = grid[0, 0].get_legend_handles_labels()  # controls are the main model's alone
+    grid[0, -1].legend(lines, names, frameon=False, fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
     figure.suptitle("logit lens at the last token", fontsize=9)
     return figure
 

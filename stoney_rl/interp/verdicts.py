@@ -60,10 +60,10 @@ def summarise(
         *([needed_parts(plan, own)] if "knockout" in own else []),
         tokens_or_language(plan, own),
         depth(plan, measured, main),
-        *([pivot(plan, own)] if own["guesses"].arrays else []),
-        *([assembly(own, floor)] if own["assembly"].arrays else []),
+        *([pivot(plan, own)] if "guesses" in own else []),
+        *([assembly(own, floor)] if "assembly" in own and own["assembly"].arrays else []),
         copying(plan, own),
-        cost(plan, measured),
+        *([cost(plan, measured)] if "cost" in own else []),
         *(change(plan, measured, floor, changes, pair, is_floor=twin in pair) for pair in changes),
     ]
     sections = [section for section in sections if section]
@@ -270,7 +270,7 @@ def _interaction_sentence(plan: Plan, crossed: Mapping, what: str) -> str:
     sentence = f"Different {what}? "
     sentence += f"Each loses more without its own than without the other's: {'; '.join(found)}. " if found else ""
     if not_found:
-        sentence += f"Not found: {'; '.join(not_found)}. "
+        sentence += f"Not found beyond what random sets show: {'; '.join(not_found)}. "
     lacking = [key for key, one in crossed.items() if one is None and plan.reference in key]
     if lacking:
         sentence += f"Not asked, as one of the two has no gap to lose: {', '.join(' and '.join(map(_label, key)) for key in lacking)}. "
@@ -285,62 +285,52 @@ def _crossed(key: tuple[str, str], one: localise.Interaction, plan: Plan) -> str
 
 def tokens_or_language(plan: Plan, own: Mapping[str, Measured]) -> dict | None:
     """Whether what sets the lexicon apart from English follows the number of tokens: needs english and english_split."""
-    names = set(plan.localised)
-    if not {"lexicon", "english", "english_split"} <= names:
+    if not {"lexicon", "english", "english_split"} <= set(plan.localised):
         return None
     found = _overlaps(plan, own["localise"], "components")
-    one = {
-        key: found.get(key) or found[key[::-1]]
-        for key in (("lexicon", "english"), ("lexicon", "english_split"), ("english", "english_split"))
-    }
-    shift = _shift(plan, own["localise"])
-    moved = "" if shift is None else (
-        f" Per couple, the profile of parts of {_label('english_split')} is nearer to the lexicon's than natural English is by {shift['value']:+.3f} {_bounds(shift['low'], shift['high'])} (cosine)"
-        + (": it moves with tokens a word." if shift["low"] is not None and shift["low"] > 0 else ": no move that these pairs can show.")
-    )  # fmt: skip
-    scrambled = found.get(("lexicon", "lexicon_scrambled"))
-    extra = "" if scrambled is None else (
-        f" With the letters scrambled, {scrambled.share:.0%} are the same (of the lexicon's own pairs {scrambled.ceiling:.0%}): what is left out then is that they are words."
-    )  # fmt: skip
-    answer = [
-        f"Tokens or language? {_label('lexicon')} and English share {one['lexicon', 'english'].share:.0%} of their strongest heads and MLPs; with English cut into as many tokens "
-        f"{one['lexicon', 'english_split'].share:.0%}; English and cut English {one['english', 'english_split'].share:.0%}.{moved}{extra}"
+    pairs = [
+        ("lexicon", "english"),
+        ("lexicon", "english_split"),
+        ("english", "english_split"),
+        ("lexicon", "lexicon_scrambled"),
     ]
+    one = {key: found.get(key) or found.get(key[::-1]) for key in pairs}
+    one = {key: each for key, each in one.items() if each is not None}
+    natural, cut, scrambled = (one.get(key) for key in (pairs[0], pairs[1], pairs[3]))
+    moved = ""
+    if natural.missing_interval and cut.missing_interval:
+        apart = cut.missing_interval[1] < natural.missing_interval[0]
+        moved = (
+            ": cut English is nearer to the lexicon, so the difference goes with the tokens, not with the language" if apart
+            else f": {'nearer, but ' if cut.missing < natural.missing else ''}not apart by more than these pairs can show"
+        )  # fmt: skip
+    sentence = (
+        f"Tokens or language? Of the strongest heads and MLPs {_label('lexicon')} and English share {natural.share:.0%} (to what the lexicon's own pairs share, "
+        f"{_missing(natural)} missing), the lexicon and English cut into as many tokens {cut.share:.0%} ({_missing(cut)} missing){moved}. "
+        f"English and cut English share {one[pairs[2]].share:.0%}."
+    )
+    if scrambled is not None:
+        is_same = scrambled.missing_interval is None or scrambled.missing_interval[0] <= 0
+        sentence += (
+            f" With the letters of its words scrambled the lexicon keeps {scrambled.share:.0%} of them ({_missing(scrambled)} missing)"
+            + (": that they are words of the language shows nowhere in this." if is_same else ".")
+        )
     table = [
-        [
-            f"{_label(a)}, {_label(b)}",
-            f"{each.share:.2f}",
-            f"{each.missing:+.2f} {_bounds(*each.missing_interval or (None, None))}",
-            f"{each.correlation:.2f}",
-        ]
+        [f"{_label(a)}, {_label(b)}", f"{each.share:.2f}", f"{each.missing:+.2f} {_bounds(*each.missing_interval or (None, None))}", f"{each.correlation:.2f}"]
         for (a, b), each in one.items()
-    ]
+    ]  # fmt: skip
     return _section(
-        "control", "Is it the tokens or the language?", answer,
-        tables=[_table("Shared parts, with the control", ["families", "shared", "missing to the same family", "correlation"], table)],
-        numbers={"shift": shift},
-        tells="whether a difference between a language and English remains when English words are cut into as many tokens.",
-        cannot="what a tokenizer that knew the language would give: cut English words are English words that the model has never seen cut so.",
+        "control", "Is it the tokens or the language?", [sentence],
+        tables=[_table("Shared heads and MLPs, with the controls", ["families", "shared", "missing to the same family", "correlation"], table)],
+        numbers={f"{a}/{b}": asdict(each) for (a, b), each in one.items()},
+        tells="whether a difference between a language and English remains when English words are cut into as many tokens, and whether it needs real words at all.",
+        cannot="what a tokenizer that knew the language would give: cut English words are English words that the model has never seen cut so. And cut words are harder: where natural English is easier than the lexicon (first section), tokens and difficulty change together.",
         source="The control is ours; that work on language-specific parts rarely has it is why (2402.16438, 2411.04986 compare languages in their own tokens).",
     )  # fmt: skip
 
 
-def _shift(plan: Plan, measured: Measured) -> dict | None:
-    """Mean over couples of cos(couple of cut English, the lexicon's mean) - cos(natural one, the same): heads and MLPs."""
-
-    def vectors(name: str) -> np.ndarray:
-        arrays = measured.of(name)
-        return np.concatenate([arrays[kind].reshape(len(arrays[kind]), -1) for kind in KINDS["components"]], axis=1)
-
-    target = vectors("lexicon").mean(0)
-
-    def alike(name: str) -> np.ndarray:
-        rows = vectors(name)
-        return rows @ target / (np.linalg.norm(rows, axis=1) * np.linalg.norm(target) + 1e-12)
-
-    cut, natural = alike("english_split"), alike("english")
-    n = min(len(cut), len(natural))
-    return _mean(cut[:n] - natural[:n], plan.seed)
+def _missing(one: localise.Overlap) -> str:
+    return f"{one.missing:.0%} {_bounds(*one.missing_interval or (None, None), '.0%')}".strip()
 
 
 def depth(plan: Plan, measured: Models, main: str) -> dict:
@@ -412,16 +402,14 @@ def pivot(plan: Plan, own: Mapping[str, Measured]) -> dict | None:
             "answer": np.nanmean(task.arrays[f"{name}/probability"][..., 1], 0),
             "kinds": task.arrays[f"{name}/kinds"].mean(0),
         }
-        # The layer is chosen on the even couples, and what is told of it is measured on the odd ones.
-        couples = above.reshape(-1, 2, above.shape[1]).mean(1)
-        layer = int(np.nanmean(couples[::2], 0)[:-1].argmax())
-        peak = _mean(couples[1::2, layer], plan.seed)
-        beyond = None
+        # Fixed beforehand, as a peak that is looked for is found: the second half of the layers without the last.
+        layers = slice(above.shape[1] // 2, above.shape[1] - 1)
+        couples = _couples(above[:, layers].mean(1))
+        layer = int(np.nanmean(above, 0)[:-1].argmax())
+        peak, beyond = _mean(couples, plan.seed), None
         if english is not None and name != "english" and name in MATCHED:
-            beyond = _paired(
-                couples[1::2, layer], english.reshape(-1, 2, above.shape[1]).mean(1)[1::2, layer], plan.seed
-            )
-        numbers[name] = {"layer": layer, "peak": peak, "beyond": beyond}
+            beyond = _paired(couples, _couples(english[:, layers].mean(1)), plan.seed)
+        numbers[name] = {"strongest_layer": layer, "mean": peak, "beyond": beyond}
         rows.append(
             [
                 _label(name),
@@ -432,19 +420,15 @@ def pivot(plan: Plan, own: Mapping[str, Measured]) -> dict | None:
             ]
         )
         if name != "english" and name not in CONTROLS:
-            more = (
-                ""
-                if beyond is None
-                else f", {_value(beyond, '+.3f')} beyond English at that layer{_unseen(beyond, '.3f')}"
-            )
+            more = "" if beyond is None else f", {_value(beyond, '+.3f')} beyond English{_unseen(beyond, '.3f')}"
             parts.append(
-                f"{_label(name)}: at layer {layer} the English meaning is more likely than the other word of the prompt by {_value(peak, '.3f')}{more}"
+                f"{_label(name)}: in the second half of the layers the English meaning is more likely than the prompt's other word by {_value(peak, '+.3f')}{more}"
             )
     if not curves:
         return None
     return _section(
         "pivot", "Does the answer pass through English?", [f"Through English? {'; '.join(parts)}. In these prompts the English word stands right before the answer, so only what English itself does not show counts."],
-        tables=[_table("English meaning among the guesses, where it is strongest", ["family", "layer", "probability above the other word's", "beyond English", "would have been seen"], rows)],
+        tables=[_table("English meaning among the guesses, mean over the second half of the layers", ["family", "strongest at layer", "probability above the other word's", "beyond English", "would have been seen"], rows)],
         numbers={"peaks": numbers, "curves": curves},
         tells="whether, before it writes a word of the language, the model holds its English meaning likely at middle layers, more than an English prompt makes it.",
         cannot="more than that: repetition of the word in the prompt looks the same, and what the lens can't read is not seen. Without the English family as control nothing follows.",
@@ -463,7 +447,11 @@ def assembly(own: Mapping[str, Measured], floor: Mapping[str, Measured] | None) 
     rows, numbers, parts = [], {}, []
     for name in [key.partition("/")[0] for key in own["assembly"].arrays if key.endswith("/correct")]:
         facts, arrays = own["assembly"].facts[name], own["assembly"].of(name)
-        random = floor["assembly"].of(name) if floor and f"{name}/correct" in floor["assembly"].arrays else None
+        random = (
+            floor["assembly"].of(name)
+            if floor and "assembly" in floor and f"{name}/correct" in floor["assembly"].arrays
+            else None
+        )
         selectivity = arrays["correct"] - arrays["control"]
         effects = significance.effects(arrays["correct"] - arrays["correct"][:, :1], facts["clusters"], seed=0)
         curve = {
@@ -720,11 +708,14 @@ def _closure_sentence(name: str, one: Mapping, what: str) -> str:
     unit = "nats a token" if name == "answers" else "logits"
     if not one["points"]:
         return f"Moved, {what}: {_behaviour(name)} shows no gap to recover ({one['note']}; n = {one['n']})."
-    point = next((point for point in one["points"] if point["recovered"] >= 0.8), one["points"][-1])
-    first = one["points"][0]
+    *steps, _ = one["points"]  # the last is all parts, which bring back everything
+    told = "; ".join(
+        f"the best {point['size']} {point['recovered']:.0%} {_bounds(point['low'], point['high'], '.0%')} (random {point['random']:.0%})"
+        for point in steps
+    )
     return (
-        f"Moved, {what}: of the gap in {_behaviour(name)} ({one['gap']:+.3f} {unit}, n = {one['n']}) the best {first['size']} of {len(one['ranking'])} attentions and MLPs bring back {first['recovered']:.0%} "
-        f"{_bounds(first['low'], first['high'], '.0%')} (random {first['random']:.0%}); {point['size']} bring back {point['recovered']:.0%} (random {point['random']:.0%})."
+        f"Moved, {what}: of the gap in {_behaviour(name)} ({one['gap']:+.3f} {unit}, n = {one['n']}) parts of the later weights bring back, "
+        f"of {len(one['ranking'])} attentions and MLPs, {told}."
     )
 
 
