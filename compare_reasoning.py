@@ -251,6 +251,7 @@ def make_pools(
     """Couples of every family, more than will be asked; says what they are, and what was left out."""
     from stoney_rl.interp import pairs, plan, tasks
 
+    own = plan.by_family(pairs.read_pairs(args.pairs_file, tokenizer).pairs) if args.pairs_file else {}
     controls = args.controls
     if controls is None:
         controls = [name for name in CONTROLS if name.partition("_")[0] in args.families]
@@ -268,13 +269,12 @@ def make_pools(
             entries, left_out = plan.untrained(entries, names)
             print(f"lexicon: {len(entries):,} entries, without {left_out:,} that a model's training record names")
     pools = tasks.build_pools([*args.families, *controls], tokenizer, entries, couples=settings.couples, seed=args.seed)
-    if args.pairs_file:
-        for family, members in plan.by_family(pairs.read_pairs(args.pairs_file, tokenizer).pairs).items():
-            if family in (*FAMILIES, *CONTROLS):
-                raise StoneyError(
-                    f"{args.pairs_file}: the family {family!r} has the name of one that is built; choose another"
-                )
-            pools[family] = tasks.own_family(family, members)
+    for family, members in own.items():
+        if family in pools or family in (*FAMILIES, *CONTROLS):
+            raise StoneyError(
+                f"{args.pairs_file}: the family {family!r} has the name of one that is built; choose another"
+            )
+        pools[family] = tasks.own_family(family, members)
     for family in pools.values():
         print(family.describe())
     return pools

@@ -38,7 +38,6 @@ def arguments(models, output, *more):
         str(models / "twin"),
         "--lexicon",
         LEXICON,
-        "--quick",
         "--num_pairs",
         "40",
         "--random_sets",
