@@ -19,7 +19,6 @@ from complete import also_complete
 from wandb_stub import WandbStub
 
 import analyze_with_tlens
-import compare_reasoning
 import evaluate_model
 import inspect_hf_dataset
 import prepare_base_model
@@ -92,10 +91,6 @@ def pipeline(stub, tmp_path_factory):
             *("--model_path", "grpo", "--tasks", "attention", "--random_models", "0"),
             *("--num_pairs", "4", "--families", "lookup"),
         ])  # fmt: skip
-        compare_reasoning.main([
-            *("--model_path", "grpo", "--quick", "--num_pairs", "16", "--random_sets", "1", "--no-random_model"),
-            *("--families", "english", "--controls"),
-        ])  # fmt: skip
     return place
 
 
@@ -152,14 +147,11 @@ def test_every_stage_is_in_one_group_and_the_graph_leads_from_data_and_base_to_t
         ("grpo-test-evaluation", "out of", "evaluate_model"),
         *((name, "into", "analyze_with_tlens") for name in ("grpo", "prepared")),
         ("grpo-analysis", "out of", "analyze_with_tlens"),
-        *((name, "into", "compare_reasoning") for name in ("grpo", "prepared")),
-        ("grpo-comparison", "out of", "compare_reasoning"),
     }
     types = {each["name"]: each["type"] for each in stub.artifacts if each["type"] != "run_table"}
     assert types == {
         "base": "base", "prepared": "dataset", "sft_ckpt": "adapter", "sft_merged": "model", "grpo_ckpt": "adapter",
         "grpo": "model", "grpo-test-evaluation": "evaluation", "grpo-analysis": "analysis",
-        "grpo-comparison": "comparison",
     }  # fmt: skip
 
 
@@ -179,7 +171,7 @@ def test_every_type_that_a_script_logs_or_takes_is_in_the_table():
 
 def test_the_same_things_have_the_same_names_in_every_stages_config(pipeline, stub):
     runs = {run["job_type"]: config_of(run) for run in stub.runs.values() if run["group"] == GROUP}
-    assert len(runs) == 7
+    assert len(runs) == 6
     for stage, config in runs.items():
         assert set(tracking.COMMON_CONFIG) <= set(config) and config["stage"] == stage
         assert config["git_commit"] == checkpoints.git_commit() and config["world_size"] == 1

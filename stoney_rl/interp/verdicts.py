@@ -56,7 +56,7 @@ def summarise(
     own = measured[main]
     sections = [
         fairness(plan, measured, floor, balance),
-        shared_parts(plan, measured, floor, main),
+        *([shared_parts(plan, measured, floor, main)] if len(plan.localised) > 1 else []),
         *([needed_parts(plan, own)] if "knockout" in own else []),
         tokens_or_language(plan, own),
         depth(plan, measured, main),
