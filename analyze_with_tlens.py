@@ -24,7 +24,6 @@ from typing import TYPE_CHECKING
 from stoney_rl import artifacts, checkpoints, cli, runs, tracking
 from stoney_rl.errors import StoneyError
 from stoney_rl.interp import opening
-from stoney_rl.metrics.systems import describe
 from stoney_rl.models import ModelSource
 
 if TYPE_CHECKING:
@@ -143,8 +142,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.trace and not (Path(args.trace) / TRACE_FILE).exists():
         raise StoneyError(f"--trace {args.trace}: no {TRACE_FILE} there; train with --trace_every")
     opening.check_device(args.device)
-    for name, source in sources.items():
-        print(f"{name}:", *(f"  {line}" for line in checkpoints.lineage(Path(source.name))), sep="\n")
+    opening.show(sources)
 
     # 2. What they are asked: pairs, a sample text, other texts; the same of all.
     from stoney_rl.interp import analysis, plots, report, summary, tracer
@@ -162,12 +160,10 @@ def main(argv: list[str] | None = None) -> int:
     identity = runs.identify(
         vars(args),
         NOT_IDENTITY,
-        models=[describe(source) | {"weights": checkpoints.weights_id(source.name)} for source in sources.values()],
+        models=opening.identities(sources),
         asked_sha256=plan.sha256(),
     )
-    earlier = (checkpoints.read_stage(output) or {}) if output.is_dir() else {}
-    if args.overwrite and output.exists() and earlier.get("stage") != STAGE:
-        raise StoneyError(f"--overwrite: {output} is not an analysis; choose another --output_dir")
+    earlier = opening.stage_at(output, STAGE, "an analysis", overwrite=args.overwrite)
     if runs.is_finished([output], identity, overwrite=args.overwrite):
         print((output / SUMMARY_FILE).read_text(encoding="utf-8"))
         print(f"{output}/: analysed with these settings already (--overwrite analyses again)")
@@ -176,8 +172,9 @@ def main(argv: list[str] | None = None) -> int:
 
     # 3. One model at a time, one task at a time; what was measured before a stop is not measured again.
     model, *others = (source.name for source in sources.values())
-    trained_on = (checkpoints.read_stage(Path(model)) or {}).get("data") if Path(model).is_dir() else None
-    tracker = runs.start_tracking("analyze_with_tlens", args, partial, model=model, data=trained_on, also=others)
+    tracker = runs.start_tracking(
+        "analyze_with_tlens", args, partial, model=model, data=opening.trained_on(model), also=others
+    )
     measured, floors = {}, None
     for name, source in sources.items():
         first = measured[main_name]["trust"].facts["shape"] if measured else None
@@ -196,10 +193,7 @@ def main(argv: list[str] | None = None) -> int:
         tokenizer,
         title=f"Inside {main_name}",
         about=about(args, plan),
-        checkpoints=[
-            {"name": name, "checkpoint": source.name, "lineage": " <- ".join(checkpoints.lineage(Path(source.name)))}
-            for name, source in sources.items()
-        ],
+        checkpoints=opening.rows_of_page(sources),
     )
     if trace:
         results["trace"], traced = summary.trace_view(main_name, trace, tokenizer)
@@ -240,17 +234,10 @@ def make_plan(
     args: argparse.Namespace, sources: dict[str, ModelSource], tokenizer: "PreTrainedTokenizerBase"
 ) -> "Plan":
     """What is asked; says what it is, and what was left out."""
-    from stoney_rl import corpus
     from stoney_rl.interp import pairs, plan
 
     names = [source.name for source in sources.values()]
-    rows, dataset = [], None
-    if corpus.training_record(names[0]):
-        try:
-            held_out = corpus.held_out(names[0], "test", dataset=None, default_dataset="")
-            rows, dataset = held_out.rows, held_out.corpus.rowset.source
-        except StoneyError as error:
-            print(f"the rows that {names[0]} was not trained on can't be read ({error})")
+    rows, dataset = opening.held_out(names[0])
     if args.pairs:
         unused = [flag for flag in ("lexicon", "families", "include_trained") if getattr(args, flag)]
         if unused:

@@ -23,6 +23,7 @@ import shlex
 import sys
 import textwrap
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -30,12 +31,12 @@ from typing import TYPE_CHECKING
 from stoney_rl import artifacts, checkpoints, cli, runs, tracking
 from stoney_rl.errors import StoneyError
 from stoney_rl.interp import opening
-from stoney_rl.metrics.systems import describe
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from stoney_rl.interp.compare import Plan
+    from stoney_rl.data import Row
+    from stoney_rl.interp.compare import Plan, Settings
     from stoney_rl.interp.tasks import Family
     from stoney_rl.models import ModelSource
 
@@ -124,37 +125,37 @@ def main(argv: list[str] | None = None) -> None:
     twin = others.pop() if args.seed_twin else None
     chain = [*others, main_name]
     opening.check_device(args.device)
-    for name, source in sources.items():
-        print(f"{name}:", *(f"  {line}" for line in checkpoints.lineage(Path(source.name))), sep="\n")
+    opening.show(sources)
 
     # 2. What they are asked: more couples than needed, of which the main model's answers choose those that fit each other.
-    from stoney_rl.interp import analysis, compare, compare_plots, report, tasks, verdicts
+    from stoney_rl.interp import analysis, compare, compare_plots, hooked, report, tasks, verdicts
     from stoney_rl.models import load_model, load_tokenizer
 
     tokenizers = {name: load_tokenizer(source) for name, source in sources.items()}
     opening.check_vocabularies(tokenizers)
     settings = settings_of(args)
-    pools = make_pools(args, sources, tokenizers[main_name], settings)
-    texts = held_out_texts(sources[main_name].name, tokenizers[main_name])
+    rows, dataset = opening.held_out(sources[main_name].name)
+    pools = make_pools(args, sources, tokenizers[main_name], settings, dataset)
+    compare.check_sizes(pools)
+    texts = texts_of(rows, tokenizers[main_name])
     output = Path(args.output_dir or Path("comparison") / main_name)
     identity = runs.identify(
         vars(args),
         NOT_IDENTITY,
-        models=[describe(source) | {"weights": checkpoints.weights_id(source.name)} for source in sources.values()],
+        models=opening.identities(sources),
         roles=[chain, twin],
         asked_sha256=compare.sha256(pools, texts[0]),
     )
-    earlier = (checkpoints.read_stage(output) or {}) if output.is_dir() else {}
-    if args.overwrite and output.exists() and earlier.get("stage") != STAGE:
-        raise StoneyError(f"--overwrite: {output} is not a comparison; choose another --output_dir")
+    opening.stage_at(output, STAGE, "a comparison", overwrite=args.overwrite)
     if runs.is_finished([output], identity, overwrite=args.overwrite):
         print((output / SUMMARY_FILE).read_text(encoding="utf-8"))
         print(f"{output}/: compared with these settings already (--overwrite compares again)")
         return
     partial = runs.open_partial(output, identity, resume=not args.overwrite, overwrite=args.overwrite)
     model, *rest = (source.name for source in sources.values())
-    trained_on = (checkpoints.read_stage(Path(model)) or {}).get("data") if Path(model).is_dir() else None
-    tracker = runs.start_tracking("compare_reasoning", args, partial, model=model, data=trained_on, also=rest)
+    tracker = runs.start_tracking(
+        "compare_reasoning", args, partial, model=model, data=opening.trained_on(model), also=rest
+    )
     started = time.monotonic()
 
     shape: dict = {}
@@ -170,9 +171,7 @@ def main(argv: list[str] | None = None) -> None:
         return load_model(sources[name], opening.torch_dtype(args.dtype)).to(opening.device_of(args.device))
 
     folder = partial / runs.MEASURED
-    scores = analysis.read_task(folder, "pools") or analysis.write_task(
-        folder, "pools", compare.score_pools(open_hooked(main_name), pools, args.batch_size)
-    )
+    scores = analysis.kept(folder, "pools", lambda: compare.score_pools(open_hooked(main_name), pools, args.batch_size))
     plan = compare.make_plan(pools, scores, texts, settings, args.batch_size, args.seed)
     print(tasks.describe(compare.balance_of(plan, pools, scores)))
 
@@ -186,7 +185,7 @@ def main(argv: list[str] | None = None) -> None:
         )
     floor = None
     if args.random_model:
-        open_random = functools.cache(lambda: compare.random_model(open_hooked(main_name), plan))
+        open_random = functools.cache(lambda: hooked.random_hooked(open_hooked(main_name), args.seed))
         floor = {}
         for few, wanted in compare.floor_tasks(plan):
             floor |= analysis.measure_model(folder / "random", wanted, few, open_random, table=compare.TASKS)
@@ -206,13 +205,10 @@ def main(argv: list[str] | None = None) -> None:
         twin=twin,
         balance=compare.balance_of(plan, pools, scores),
         about=about(args, plan, started),
-        checkpoints=[
-            {"name": name, "checkpoint": source.name, "lineage": " <- ".join(checkpoints.lineage(Path(source.name)))}
-            for name, source in sources.items()
-        ],
+        checkpoints=opening.rows_of_page(sources),
     )
     pictures = compare_plots.draw(results, partial)
-    report.write(partial / REPORT_FILE, verdicts.page(results, pictures))
+    report.write_page(partial / REPORT_FILE, verdicts.page(results, pictures))
     text = "\n\n".join(textwrap.fill(line, WIDTH) for line in results["findings"])
     (partial / SUMMARY_FILE).write_text(text + "\n", encoding="utf-8")
     checkpoints.write_json(partial / "results.json", report.plain(results))
@@ -235,20 +231,23 @@ def main(argv: list[str] | None = None) -> None:
     tracker.finish()
 
 
-def settings_of(args: argparse.Namespace):
+def settings_of(args: argparse.Namespace) -> "Settings":
     from stoney_rl.interp import compare
 
     settings = compare.QUICK if args.quick else compare.FULL
-    if args.num_pairs:
-        couples = args.num_pairs // 2
-        settings = replace(settings, couples=couples)
-    return replace(settings, draws=args.random_sets or settings.draws)
+    couples = args.num_pairs // 2 if args.num_pairs else settings.couples
+    return replace(settings, couples=couples, draws=args.random_sets or settings.draws)
 
 
 def make_pools(
-    args: argparse.Namespace, sources: "dict[str, ModelSource]", tokenizer: "PreTrainedTokenizerBase", settings
+    args: argparse.Namespace,
+    sources: "dict[str, ModelSource]",
+    tokenizer: "PreTrainedTokenizerBase",
+    settings: "Settings",
+    dataset: str | None,
 ) -> "dict[str, Family]":
-    """Couples of every family, more than will be asked; says what they are, and what was left out."""
+    """Couples of every family, more than will be asked; says what they are, and what was left out. ``dataset``: where the
+    lexicon is looked for, unless one is given."""
     from stoney_rl.interp import pairs, plan, tasks
 
     own = plan.by_family(pairs.read_pairs(args.pairs_file, tokenizer).pairs) if args.pairs_file else {}
@@ -261,10 +260,12 @@ def make_pools(
         raise StoneyError(
             f"--controls {lacking[0]}: belongs to the family {lacking[0].partition('_')[0]}, which --families lacks"
         )
-    entries = []
+    entries, unused = [], [flag for flag in ("lexicon", "include_trained") if getattr(args, flag)]
+    if "lexicon" not in args.families and unused:
+        print(f"--families without lexicon: {' and '.join('--' + flag for flag in unused)} change nothing")
     if "lexicon" in args.families:
         names = [source.name for source in sources.values()]
-        entries = plan.find_lexicon(args.lexicon, dataset_of(names[0]))
+        entries = plan.find_lexicon(args.lexicon, dataset)
         if not args.include_trained:
             entries, left_out = plan.untrained(entries, names)
             print(f"lexicon: {len(entries):,} entries, without {left_out:,} that a model's training record names")
@@ -280,41 +281,21 @@ def make_pools(
     return pools
 
 
-def dataset_of(model: str) -> str | None:
-    """The rows that ``model`` was trained on, if it names any that are here."""
-    from stoney_rl import corpus
-
-    if not corpus.training_record(model):
-        return None
-    try:
-        return corpus.held_out(model, "test", dataset=None, default_dataset="").corpus.rowset.source
-    except StoneyError:
-        return None
-
-
-def held_out_texts(model: str, tokenizer: "PreTrainedTokenizerBase") -> tuple[list, list, list]:
-    """Of at most TEXTS rows that ``model`` was not trained on: token ids, (ids, labels), and a cluster each, their lexemes."""
-    from stoney_rl import corpus
+def texts_of(rows: "Sequence[Row]", tokenizer: "PreTrainedTokenizerBase") -> tuple[list, list, list]:
+    """Of at most TEXTS held-out rows: token ids, (ids, labels), and a cluster each, their lexemes."""
     from stoney_rl.prompts import encode_example, end_of_turn_ids
 
-    rows = []
-    if corpus.training_record(model):
-        try:
-            rows = list(corpus.held_out(model, "test", dataset=None, default_dataset="").rows)
-        except StoneyError as error:
-            print(f"the rows that {model} was not trained on can't be read ({error})")
+    rows, ends, found = list(rows), end_of_turn_ids(tokenizer), []
     random.Random(0).shuffle(rows)
-    ends, found = end_of_turn_ids(tokenizer), []
     for row in rows:
         example = encode_example(tokenizer, list(row.prompt), row.completion[0]["content"], ends)
         ids, labels = example["input_ids"][:MAX_TEXT], example["labels"][:MAX_TEXT]
-        if len(found) < TEXTS and any(label != -100 for label in labels):
+        if any(label != -100 for label in labels):
             found.append((ids, (ids, labels), " ".join(sorted(row.lexemes)) or row.id))
-    print(
-        f"other texts: {len(found)} held-out rows"
-        if found
-        else "other texts: none; the prompts of the pairs serve instead"
-    )
+        if len(found) == TEXTS:
+            break
+    what = f"{len(found)} held-out rows" if found else "none; the prompts of the pairs serve instead"
+    print(f"other texts: {what}")
     ids, examples, clusters = ([entry[place] for entry in found] for place in range(3))
     return ids, examples, clusters
 

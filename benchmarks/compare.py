@@ -37,6 +37,7 @@ from collections.abc import Callable, Sequence
 from importlib.metadata import version
 
 from benchmarks import measure
+from benchmarks.interp import opened
 from stoney_rl import checkpoints, cli
 from stoney_rl.errors import StoneyError
 from stoney_rl.models import find_model
@@ -409,20 +410,6 @@ def keep_logits(model_name: str, pairs: Sequence, threads: int, turns: int = 3) 
         for last in (True, False)
     )
     return {"fast": fast, "slow": slow, "times_faster": slow["cpu_seconds"] / fast["cpu_seconds"]}
-
-
-def opened(model_name: str, pairs: Sequence, threads: int) -> tuple:
-    """The hooked model, and the pairs as a batch; a first pass is done."""
-    import torch
-
-    from stoney_rl.interp.hooked import load_hooked
-    from stoney_rl.interp.pairs import batched
-
-    torch.set_num_threads(threads)
-    model = load_hooked(model_name)
-    ((_, batch),) = batched(pairs, len(pairs), model.pad_token_id)
-    model.run(batch.clean)
-    return model, batch
 
 
 def timed(function: Callable) -> tuple[object, dict[str, float]]:

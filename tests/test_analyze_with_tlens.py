@@ -24,11 +24,7 @@ def untracked(monkeypatch):
 @pytest.fixture(scope="session")
 def models(tmp_path_factory):
     """Two models of one family and one of another vocabulary."""
-    folder = tmp_path_factory.mktemp("models")
-    for name, seed in (("tuned", 1), ("base", 0)):
-        tiny.checkpoint(folder / name, seed=seed)
-    shutil.copytree(folder / "tuned", folder / "twin")
-    return folder
+    return tiny.checkpoints(tmp_path_factory.mktemp("models"))
 
 
 def arguments(models, output, *more, model="tuned", compare=("base",)):

@@ -24,11 +24,7 @@ def untracked(monkeypatch):
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("models")
-    for name, seed in (("tuned", 1), ("base", 0)):
-        tiny.checkpoint(folder / name, seed=seed)
-    shutil.copytree(folder / "tuned", folder / "twin")
-    return folder
+    return tiny.checkpoints(tmp_path_factory.mktemp("models"))
 
 
 def arguments(models, output, *more):
@@ -101,14 +97,13 @@ def test_other_checkpoints_differ(compared):
 
 
 def test_parts_are_chosen_on_other_couples_than_they_are_tested_on(models):
-    pools = {}
     args = compare_reasoning.build_parser().parse_args(arguments(models, "out"))
     settings = compare_reasoning.settings_of(args)
     from stoney_rl.models import find_model, load_tokenizer
 
     sources = opening.find_models([("--model_path", str(models / "tuned"))])
     tokenizer = load_tokenizer(find_model(str(models / "tuned")))
-    pools = compare_reasoning.make_pools(args, sources, tokenizer, settings)
+    pools = compare_reasoning.make_pools(args, sources, tokenizer, settings, None)
     plan = compare.Plan(pools, "lexicon", [], [], [], settings)
     for name in plan.families:
         chosen, reported = ({pair.cluster for pair in half(name)} for half in (plan.choosing, plan.reporting))
@@ -231,3 +226,21 @@ def test_a_folder_that_is_no_comparison_is_not_overwritten(models, tmp_path):
     with pytest.raises(StoneyError, match="is not a comparison; choose another --output_dir"):
         compare_reasoning.main(arguments(models, kept, "--overwrite"))
     assert (kept / "thesis.txt").read_text() == "years of work"
+
+
+def test_the_parser_knows_what_the_benchmark_has():
+    from stoney_rl.interp import tasks
+
+    assert (compare_reasoning.FAMILIES, compare_reasoning.CONTROLS) == (tasks.FAMILIES, tasks.CONTROLS)
+    assert compare_reasoning.FEWEST_PAIRS == 2 * compare.FEWEST
+
+
+def test_a_family_that_is_too_small_is_refused_before_anything_is_measured(models, tmp_path, monkeypatch):
+    own = tmp_path / "own.jsonl"
+    line = {"corrupt": "b =", "answer": " c", "wrong": " d", "family": "few", "chat": False}
+    own.write_text("\n".join(json.dumps(line | {"clean": f"{n} =", "cluster": str(n)}) for n in range(3)))
+    monkeypatch.setattr(opening, "open_hooked", lambda *_: pytest.fail("opened a model"))
+    given = ["--model_path", str(models / "tuned"), "--families", "arithmetic", "--pairs_file", str(own)]
+    with pytest.raises(StoneyError, match="few: 3 couples; 8 at least are needed"):
+        compare_reasoning.main([*given, "--output_dir", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()

@@ -1,5 +1,6 @@
 """Tiny models for tests: built from a config in milliseconds, random weights, a byte-level tokenizer, no network."""
 
+import shutil
 from pathlib import Path
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "mistral", "phi3", "gemma", "gemma2", "gemma3")
@@ -66,6 +67,14 @@ def checkpoint(directory: Path, architecture: str = "llama", **options) -> Path:
     model(architecture, **options).save_pretrained(directory)
     tokenizer().save_pretrained(directory)
     return directory
+
+
+def checkpoints(folder: Path) -> Path:
+    """``folder`` with 'tuned' and 'base', two models of one family, and 'twin', a copy of 'tuned'."""
+    for name, seed in (("tuned", 1), ("base", 0)):
+        checkpoint(folder / name, seed=seed)
+    shutil.copytree(folder / "tuned", folder / "twin")
+    return folder
 
 
 def with_adapter(architecture: str = "llama", **options):

@@ -74,14 +74,19 @@ def measure_model(
     """
     done: dict[str, Measured] = {}
     for name in tasks:
-        found = read_task(folder, name)
-        if found is None:
-            started = time.monotonic()
-            found = (table or TASKS)[name](open_model(), plan, done)
-            found = write_task(folder, name, found)
-            print(f"{folder.name}: {name} ({time.monotonic() - started:.0f} s)", flush=True)
-        done[name] = found
+        task = (table or TASKS)[name]
+        done[name] = kept(folder, name, lambda task=task: task(open_model(), plan, done))
     return done
+
+
+def kept(folder: Path, name: str, measure: Callable[[], Measured]) -> Measured:
+    """What ``measure`` gave when it was called for this ``folder`` and ``name``; it is called now if it never was."""
+    found = read_task(folder, name)
+    if found is None:
+        started = time.monotonic()
+        found = write_task(folder, name, measure())
+        print(f"{folder.name}: {name} ({time.monotonic() - started:.0f} s)", flush=True)
+    return found
 
 
 def write_task(folder: Path, name: str, measured: Measured) -> Measured:

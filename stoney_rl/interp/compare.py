@@ -1,8 +1,8 @@
 """What is measured to compare families of prompts within a model, and one checkpoint with the next.
 
-    plan = Plan(families, "lexicon", texts, examples, labels, settings=FULL, seed=0)
-    found = analysis.measure_model(folder / "base", MODEL_TASKS, plan, open_base, table=TASKS)
-    change = measure_change(folder / "base-sft", plan, "checkpoints/smollm2-135m", "stoney_lora_merged")
+    plan = make_plan(pools, scores, texts, FULL, batch_size=16, seed=0)
+    found = analysis.measure_model(folder / "sft", tasks_of(plan, is_main=True), plan, open_sft, table=TASKS)
+    change = measure_change(folder / "base-sft", plan, open_plain, open_hooked, "base", "sft")     # names of models
 
 Of each model, in this order: decision (when.py), localise (localise.py, on one half of the couples), copying and spans
 (where.py), guesses, cost and assembly (when.py), and of the model that is asked about also knock-outs, true patching (on the other
@@ -14,7 +14,6 @@ Numbers of every example go to disk task by task (analysis.py): a comparison tha
 import hashlib
 import json
 import random
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,8 +23,8 @@ import torch
 
 from stoney_rl.errors import StoneyError
 from stoney_rl.interp import changes, closure, localise, significance, tasks, tuned_lens, when, where
-from stoney_rl.interp.analysis import Measured, read_task, write_task
-from stoney_rl.interp.hooked import Batch, HookedModel, by_length, left_padded, random_hooked
+from stoney_rl.interp.analysis import Measured, kept
+from stoney_rl.interp.hooked import Batch, HookedModel, by_length, left_padded
 from stoney_rl.interp.localise import COMPONENTS, NEURONS, PartSet
 from stoney_rl.interp.pairs import PromptPair
 from stoney_rl.interp.tasks import ALIGNED, CONTROLS, FAMILIES, Family, listed_facts
@@ -85,9 +84,9 @@ class Plan:
         """The couples that parts are chosen on, at most ``settings.localised`` of one half."""
         return self._half(family, 0, self.settings.localised)
 
-    def reporting(self, family: str, most: int | None = None) -> list[PromptPair]:
+    def reporting(self, family: str) -> list[PromptPair]:
         """The couples that they are reported on, at most ``settings.reported`` of the other half."""
-        return self._half(family, 1, most or self.settings.reported)
+        return self._half(family, 1, self.settings.reported)
 
     def _half(self, family: str, which: int, couples: int) -> list[PromptPair]:
         found = self.families[family]
@@ -138,13 +137,18 @@ def make_plan(
         name: pool.couples(chosen.get(name, range(min(settings.couples, len(pool.pairs) // 2))))
         for name, pool in pools.items()
     }
+    check_sizes(families)
+    ids, examples, clusters = texts
+    return Plan(families, reference, ids, clusters, examples, settings, batch_size, seed)
+
+
+def check_sizes(families: Mapping[str, Family]) -> None:
+    """Raise ``StoneyError`` for a family with too few couples."""
     for name, family in families.items():
         if len(set(family.clusters)) < FEWEST:
             raise StoneyError(
                 f"{name}: {len(set(family.clusters))} couples; {FEWEST} at least are needed, to choose parts on one half and report on the other"
             )
-    ids, examples, clusters = texts
-    return Plan(families, reference, ids, clusters, examples, settings, batch_size, seed)
 
 
 def balance_of(plan: Plan, pools: Mapping[str, Family], scores: Measured) -> list[dict]:
@@ -408,10 +412,6 @@ def floor_tasks(plan: Plan) -> list[tuple[Plan, Sequence[str]]]:
     return [(plan.only(FLOOR_COUPLES), FLOOR_TASKS), *probed]
 
 
-def random_model(model: HookedModel, plan: Plan) -> HookedModel:
-    return random_hooked(model, plan.seed)
-
-
 # Two checkpoints
 
 
@@ -426,13 +426,10 @@ def measure_change(
     """What training changed from ``earlier`` to ``later``: tasks weights, representation, difference, closure, on disk as a model's are."""
     done = {}
     for name, measure in CHANGES.items():
-        found = read_task(folder, name)
-        if found is None:
-            started = time.monotonic()
-            opened = open_plain if name in ("weights", "closure") else open_hooked
-            found = write_task(folder, name, measure(opened(earlier), opened(later), plan))
-            print(f"{folder.name}: {name} ({time.monotonic() - started:.0f} s)", flush=True)
-        done[name] = found
+        opened = open_plain if name in ("weights", "closure") else open_hooked
+        done[name] = kept(
+            folder, name, lambda measure=measure, opened=opened: measure(opened(earlier), opened(later), plan)
+        )
     return done
 
 

@@ -1,15 +1,18 @@
 """The checkpoints that the interpretability stages are given: found, checked against one another, opened. Imports no torch."""
 
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from stoney_rl import checkpoints
 from stoney_rl.errors import StoneyError
-from stoney_rl.metrics.systems import base_of, short_name
+from stoney_rl.metrics.systems import base_of, describe, short_name
 from stoney_rl.models import ModelSource, find_model, resolve_unpublished
 
 if TYPE_CHECKING:
     import torch
 
+    from stoney_rl.data import Row
     from stoney_rl.interp.hooked import HookedModel
 
 
@@ -33,6 +36,53 @@ def find_models(given: Iterable[tuple[str, str]]) -> dict[str, ModelSource]:
             raise StoneyError(f"{flag} {asked}: a second model called {name}; give each folder its own name")
         sources[name] = find_model(path)
     return sources
+
+
+def show(sources: Mapping[str, ModelSource]) -> None:
+    """Print each model with its lineage."""
+    for name, source in sources.items():
+        print(f"{name}:", *(f"  {line}" for line in checkpoints.lineage(Path(source.name))), sep="\n")
+
+
+def identities(sources: Mapping[str, ModelSource]) -> list[dict]:
+    """What makes the models the same ones, for ``runs.identify``."""
+    return [describe(source) | {"weights": checkpoints.weights_id(source.name)} for source in sources.values()]
+
+
+def rows_of_page(sources: Mapping[str, ModelSource]) -> list[dict]:
+    """The models as ``report.SCHEMA`` has them."""
+    return [
+        {"name": name, "checkpoint": source.name, "lineage": " <- ".join(checkpoints.lineage(Path(source.name)))}
+        for name, source in sources.items()
+    ]
+
+
+def trained_on(name: str) -> dict | None:
+    """The data that the checkpoint directory says it was trained on."""
+    return (checkpoints.read_stage(Path(name)) or {}).get("data") if Path(name).is_dir() else None
+
+
+def held_out(name: str) -> tuple[list["Row"], str | None]:
+    """The rows that the model's training held out, and the dataset they come of; none, and why, where they can't be read."""
+    from stoney_rl import corpus
+
+    if not corpus.training_record(name):
+        return [], None
+    try:
+        found = corpus.held_out(name, "test", dataset=None, default_dataset="")
+    except StoneyError as error:
+        print(f"the rows that {name} was not trained on can't be read ({error})")
+        return [], None
+    return found.rows, found.corpus.rowset.source
+
+
+def stage_at(output: Path, stage: str, what: str, *, overwrite: bool) -> dict:
+    """What stage.json of the output directory says, {} if there is none. Raises ``StoneyError`` where ``overwrite`` would
+    replace what is no ``what`` of this ``stage``."""
+    earlier = (checkpoints.read_stage(output) or {}) if output.is_dir() else {}
+    if overwrite and output.exists() and earlier.get("stage") != stage:
+        raise StoneyError(f"--overwrite: {output} is not {what}; choose another --output_dir")
+    return earlier
 
 
 def check_device(device: str | None) -> None:

@@ -213,14 +213,24 @@ def write(path: str | Path, results: Mapping, arrays: Mapping[str, np.ndarray] |
     if it can't be written; then neither file is there.
     """
     path = Path(path)
-    page = render(results, arrays or {}).encode()
+    page = _page(results, arrays or {})
+    write_lines(path.with_name("results.json"), [json.dumps(plain(results), ensure_ascii=False, indent=1).encode()])
+    return write_lines(path, [page])
+
+
+def write_page(path: str | Path, results: Mapping) -> Path:
+    """``write`` without results.json, for results whose page shows a part of them. Raises as ``write``."""
+    return write_lines(Path(path), [_page(results, {})])
+
+
+def _page(results: Mapping, arrays: Mapping[str, np.ndarray]) -> bytes:
+    page = render(results, arrays).encode()
     if len(page) > MAX_BYTES:
         raise StoneyError(
             f"report: the page would be {len(page) / 1e6:.1f} MB, and 10 MB is the limit; give fewer or shorter texts, "
             "fewer models or fewer traced steps"
         )
-    write_lines(path.with_name("results.json"), [json.dumps(plain(results), ensure_ascii=False, indent=1).encode()])
-    return write_lines(path, [page])
+    return page
 
 
 def render(results: Mapping, arrays: Mapping[str, np.ndarray]) -> str:

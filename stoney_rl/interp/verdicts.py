@@ -37,7 +37,6 @@ NAMES = {
 MATCHED = (*FAMILIES, *CONTROLS)  # to the reference, couple by couple; a user's own families are not
 NAMED = 5  # heads and tokens that a sentence names
 HALVINGS = {"components": 200, "neurons": 40}
-POWER = 0.8
 
 
 def summarise(
@@ -54,16 +53,18 @@ def summarise(
 ) -> dict:
     """results.json: title, findings, about, models, and sections with their numbers."""
     own = measured[main]
+    kinds = [(main, "components"), (main, "neurons"), *((name, "components") for name in measured if name != main)]
+    overlaps = {(model, kind): _overlaps(plan, measured[model]["localise"], kind) for model, kind in kinds}
     sections = [
         fairness(plan, measured, floor, balance),
-        *([shared_parts(plan, measured, floor, main)] if len(plan.localised) > 1 else []),
-        *([needed_parts(plan, own)] if "knockout" in own else []),
-        tokens_or_language(plan, own),
+        shared_parts(plan, overlaps, floor, main),
+        needed_parts(plan, own),
+        tokens_or_language(overlaps[main, "components"]),
         depth(plan, measured, main),
-        *([pivot(plan, own)] if "guesses" in own else []),
-        *([assembly(own, floor)] if "assembly" in own and own["assembly"].arrays else []),
+        pivot(plan, own),
+        assembly(plan, own, floor),
         copying(plan, own),
-        *([cost(plan, measured)] if "cost" in own else []),
+        cost(plan, measured, main),
         *(change(plan, measured, floor, changes, pair, is_floor=twin in pair) for pair in changes),
     ]
     sections = [section for section in sections if section]
@@ -77,7 +78,8 @@ def summarise(
     }
 
 
-# Sections: key, question, answer (sentences), tables, numbers (for pictures), tells, cannot, source
+# Sections: key, question, answer (sentences), tables, numbers (for pictures), tells, cannot, source; None where nothing was
+# measured for one
 
 
 def fairness(plan: Plan, measured: Models, floor: Mapping[str, Measured] | None, balance: Sequence[Mapping]) -> dict:
@@ -135,15 +137,12 @@ def fairness(plan: Plan, measured: Models, floor: Mapping[str, Measured] | None,
     )  # fmt: skip
 
 
-def shared_parts(plan: Plan, measured: Models, floor: Mapping[str, Measured] | None, main: str) -> dict:
-    """Overlap of the strongest parts, of every model for heads and MLPs, of the main one for neurons too."""
+def shared_parts(plan: Plan, overlaps: Mapping, floor: Mapping[str, Measured] | None, main: str) -> dict | None:
+    """Overlap of the strongest parts, (model, kind) -> that of every two families."""
     names, numbers, tables, answer = plan.localised, {}, [], []
-    for model, kind in [
-        (main, "components"),
-        (main, "neurons"),
-        *((other, "components") for other in measured if other != main),
-    ]:
-        found = _overlaps(plan, measured[model]["localise"], kind)
+    if len(names) < 2:
+        return None
+    for (model, kind), found in overlaps.items():
         numbers[f"{model}/{kind}"] = {f"{a}/{b}": asdict(one) for (a, b), one in found.items()}
         base = _floor_overlap(plan, floor, kind) if model == main else {}
         rows = [
@@ -206,8 +205,10 @@ def _overlap_sentence(plan: Plan, found: Mapping, kind: str, k: int) -> str:
     return f"Same {what}? Of the {k} strongest for {_label(plan.reference)}, it shares " + "; ".join(parts) + "."
 
 
-def needed_parts(plan: Plan, own: Mapping[str, Measured]) -> dict:
+def needed_parts(plan: Plan, own: Mapping[str, Measured]) -> dict | None:
     """The matrix and its interactions."""
+    if "knockout" not in own:
+        return None
     numbers, tables, answer = {}, [], []
     for task, what in (("knockout", "heads and MLPs"), ("knockout_neurons", "neurons")):
         if task not in own:
@@ -283,11 +284,8 @@ def _crossed(key: tuple[str, str], one: localise.Interaction, plan: Plan) -> str
     return f"{_label(plan.reference)} against {_label(other)} {one.value:+.2f} {_bounds(one.low, one.high)} of the gap (random sets up to {one.floor:.2f}{seen})"
 
 
-def tokens_or_language(plan: Plan, own: Mapping[str, Measured]) -> dict | None:
-    """Whether what sets the lexicon apart from English follows the number of tokens: needs english and english_split."""
-    if not {"lexicon", "english", "english_split"} <= set(plan.localised):
-        return None
-    found = _overlaps(plan, own["localise"], "components")
+def tokens_or_language(found: Mapping) -> dict | None:
+    """Whether what sets the lexicon apart from English follows the number of tokens; ``found``: overlaps of heads and MLPs."""
     pairs = [
         ("lexicon", "english"),
         ("lexicon", "english_split"),
@@ -296,7 +294,9 @@ def tokens_or_language(plan: Plan, own: Mapping[str, Measured]) -> dict | None:
     ]
     one = {key: found.get(key) or found.get(key[::-1]) for key in pairs}
     one = {key: each for key, each in one.items() if each is not None}
-    natural, cut, scrambled = (one.get(key) for key in (pairs[0], pairs[1], pairs[3]))
+    if not set(pairs[:3]) <= one.keys():
+        return None
+    natural, cut, both, scrambled = (one.get(key) for key in pairs)
     moved = ""
     if natural.missing_interval and cut.missing_interval:
         apart = cut.missing_interval[1] < natural.missing_interval[0]
@@ -307,7 +307,7 @@ def tokens_or_language(plan: Plan, own: Mapping[str, Measured]) -> dict | None:
     sentence = (
         f"Tokens or language? Of the strongest heads and MLPs {_label('lexicon')} and English share {natural.share:.0%} (to what the lexicon's own pairs share, "
         f"{_missing(natural)} missing), the lexicon and English cut into as many tokens {cut.share:.0%} ({_missing(cut)} missing){moved}. "
-        f"English and cut English share {one[pairs[2]].share:.0%}."
+        f"English and cut English share {both.share:.0%}."
     )
     if scrambled is not None:
         is_same = scrambled.missing_interval is None or scrambled.missing_interval[0] <= 0
@@ -390,6 +390,8 @@ def depth(plan: Plan, measured: Models, main: str) -> dict:
 
 def pivot(plan: Plan, own: Mapping[str, Measured]) -> dict | None:
     """Probability of the English meaning above the other asked word's, by layer; the language's families less the English one."""
+    if "guesses" not in own:
+        return None
     task = own["tuned"] if "tuned" in own else own["guesses"]
     curves, rows, numbers, parts = {}, [], {}, []
     english = _above(task, "english")
@@ -443,7 +445,9 @@ def _above(task: Measured, name: str) -> np.ndarray | None:
     return above if above is not None and np.isfinite(above).all(1).sum() >= 4 else None
 
 
-def assembly(own: Mapping[str, Measured], floor: Mapping[str, Measured] | None) -> dict:
+def assembly(plan: Plan, own: Mapping[str, Measured], floor: Mapping[str, Measured] | None) -> dict | None:
+    if "assembly" not in own or not own["assembly"].arrays:
+        return None
     rows, numbers, parts = [], {}, []
     for name in [key.partition("/")[0] for key in own["assembly"].arrays if key.endswith("/correct")]:
         facts, arrays = own["assembly"].facts[name], own["assembly"].of(name)
@@ -453,7 +457,7 @@ def assembly(own: Mapping[str, Measured], floor: Mapping[str, Measured] | None) 
             else None
         )
         selectivity = arrays["correct"] - arrays["control"]
-        effects = significance.effects(arrays["correct"] - arrays["correct"][:, :1], facts["clusters"], seed=0)
+        effects = significance.effects(arrays["correct"] - arrays["correct"][:, :1], facts["clusters"], seed=plan.seed)
         curve = {
             "layers": facts["layers"],
             "correct": arrays["correct"].mean(0),
@@ -488,7 +492,7 @@ def assembly(own: Mapping[str, Measured], floor: Mapping[str, Measured] | None) 
 
 def copying(plan: Plan, own: Mapping[str, Measured]) -> dict:
     """Heads that look at what is to be copied: by token, by word; how alike families are; spans and sinks."""
-    rows, numbers, parts = [], {}, []
+    rows, numbers = {}, {}
     names = [name for name in plan.localised if own["copying"].facts["measured"][name]["token"]]
     profiles = {}
     for name in names:
@@ -504,14 +508,13 @@ def copying(plan: Plan, own: Mapping[str, Measured]) -> dict:
             mean = values[kept][..., route].mean(0)
             place = np.unravel_index(mean.argmax(), mean.shape)
             cells += [f"{place[0]}.{place[1]} ({mean.max():.2f})", int((mean > 0.1).sum())]
-        rows.append([_label(name), *cells, f"{measured['token']}, {measured['concept']}"])
+        rows[name] = [_label(name), *cells, f"{measured['token']}, {measured['concept']}"]
         numbers[name] = {
             "token": profiles[name],
             "concept": np.nanmean(values[..., 1], 0) if measured["concept"] else None,
         }
     alike = {
-        f"{a}/{b}": float(np.corrcoef(profiles[a].ravel(), profiles[b].ravel())[0, 1])
-        for a, b in combinations(names, 2)
+        (a, b): float(np.corrcoef(profiles[a].ravel(), profiles[b].ravel())[0, 1]) for a, b in combinations(names, 2)
     }
     spans = {}
     span_rows = []
@@ -521,38 +524,37 @@ def copying(plan: Plan, own: Mapping[str, Measured]) -> dict:
             key: _mean(_couples(arrays[key].mean((1, 2))), plan.seed) for key in ("distance", "sink", "entropy")
         }
         span_rows.append([_label(name), *(_value(spans[name][key], ".2f") for key in ("distance", "sink", "entropy"))])
-    if plan.reference in names:
-        others = [
-            f"{_label(b if a == plan.reference else a)} {value:.2f}"
-            for key, value in alike.items()
-            for a, b in [key.split("/")]
-            if plan.reference in (a, b)
-        ]
-        row = rows[names.index(plan.reference)]
-        parts.append(
-            f"for {_label(plan.reference)} head {row[1]} looks most at the token that comes next, {row[2]} heads above 0.1; at the end of the word {row[3]}, {row[4]} heads. "
-            f"Which heads do so correlates with {', '.join(others)}"
-            if others
-            else ""
+    others = [
+        f"{_label(b if a == plan.reference else a)} {value:.2f}"
+        for (a, b), value in alike.items()
+        if plan.reference in (a, b)
+    ]
+    where = ""
+    if others:
+        _, token, tokens, word, words, _ = rows[plan.reference]
+        where = (
+            f"Copying? for {_label(plan.reference)} head {token} looks most at the token that comes next, {tokens} heads above 0.1; at the end of the word {word}, {words} heads. "
+            f"Which heads do so correlates with {', '.join(others)}. "
         )
-    where = f"Copying? {parts[0]}. " if parts and parts[0] else ""
     reach = ", ".join(
         f"{_label(name)} {_value(spans[name]['sink'], '.2f')}" for name in plan.localised if name not in CONTROLS
     )
     return _section(
         "copying", "Are answers copied, token by token or as words?", [f"{where}Attention that rests on the first token (mean of heads): {reach}."],
         tables=[
-            _table("Heads that look at the answer above, less at the wrong one (attention of the last token)", ["family", "most, next token", "heads > 0.1", "most, end of the word", "heads > 0.1", "pairs (token, word)"], rows),
+            _table("Heads that look at the answer above, less at the wrong one (attention of the last token)", ["family", "most, next token", "heads > 0.1", "most, end of the word", "heads > 0.1", "pairs (token, word)"], list(rows.values())),
             _table("Where the last token looks, mean of heads", ["family", "distance, tokens", "on the first token", "entropy, 0 to 1"], span_rows),
         ],
-        numbers={"profiles": numbers, "alike": alike, "spans": spans},
+        numbers={"profiles": numbers, "alike": {f"{a}/{b}": value for (a, b), value in alike.items()}, "spans": spans},
         tells="which heads look at the word that is to be given, at its next token or its end, and whether they are the same for another family.",
         cannot="that looking is copying; the section before last has the interventions. In arithmetic there is nothing above to copy, so it has no such number.",
         source="Feucht et al. (2504.03022) for the two routes, on repeated random tokens; ours on the families' own prompts, the wrong answer's places beside. Sinks: 2309.17453.",
     )  # fmt: skip
 
 
-def cost(plan: Plan, measured: Models) -> dict:
+def cost(plan: Plan, measured: Models, main: str) -> dict | None:
+    if "cost" not in measured[main]:
+        return None
     rows, numbers = [], {}
     for name in plan.families:
         cells = []
@@ -566,10 +568,9 @@ def cost(plan: Plan, measured: Models) -> dict:
             numbers[f"{model}/{name}"] = rate
             cells.append(_number(rate))
         rows.append([_label(name), *cells])
-    first = next(iter(measured))
     answer = [
-        f"Price of a right answer in {first}, nats a byte: "
-        + ", ".join(f"{_label(name)} {_number(numbers[f'{first}/{name}'])}" for name in plan.families)
+        f"Price of a right answer in {main}, nats a byte: "
+        + ", ".join(f"{_label(name)} {_number(numbers[f'{main}/{name}'])}" for name in plan.families)
         + "."
     ]
     return _section(
@@ -658,7 +659,7 @@ def _units(
     heads = training.unit_changes(
         before["heads"].numpy(), after["heads"].numpy(), clusters, seed=plan.seed, floor=least
     )
-    sets = [set(localise.strongest(values, KINDS["neurons"])) for values in (before, after)]
+    neurons = training.top_shared(before["neurons"], after["neurons"], clusters, seed=plan.seed)
     parts = [set(localise.strongest(values, KINDS["components"])) for values in (before, after)]
     kinds = {
         key: [f"{layer}.{head}" for layer, head in np.argwhere(getattr(heads, key)).tolist()]
@@ -677,7 +678,7 @@ def _units(
     return {
         "heads": kinds, "changed": int(heads.difference.found.sum()), "largest": largest, "n": len(clusters),
         "correlation": float(np.corrcoef(*means)[0, 1]) if all(mean.std() for mean in means) else None,
-        "neurons_shared": len(sets[0] & sets[1]) / len(sets[0]), "components_shared": len(parts[0] & parts[1]) / len(parts[0]),
+        "neurons_shared": neurons.shared / neurons.count, "components_shared": len(parts[0] & parts[1]) / len(parts[0]),
         "seen": heads.difference.q is not None,
     }  # fmt: skip
 
@@ -831,7 +832,9 @@ def _detectable(values: np.ndarray) -> float | None:
     n = len(values)
     if n < 2 or not values.std():
         return None
-    return float((t.ppf(POWER, n - 1) + t.isf(significance.LEVEL / 2, n - 1)) * values.std(ddof=1) / np.sqrt(n))
+    return float(
+        (t.ppf(localise.POWER, n - 1) + t.isf(significance.LEVEL / 2, n - 1)) * values.std(ddof=1) / np.sqrt(n)
+    )
 
 
 def _paired(values: np.ndarray, reference: np.ndarray, seed: int) -> dict | None:
