@@ -207,6 +207,7 @@ def _copying(numbers: Mapping) -> "Figure | None":
         image = panel.imshow(grid, cmap=DIVERGING, vmin=-most, vmax=most, aspect="auto")
         panel.set_title(f"{SHORT.get(name, name)}\n{'next token' if route == 'token' else 'end of word'}", fontsize=7)
         panel.set_xlabel("head", fontsize=7)
+        panel.xaxis.get_major_locator().set_params(integer=True)
         panel.tick_params(labelsize=6, length=2)
     panels[0].set_ylabel("layer", fontsize=8)
     figure.colorbar(image, ax=list(panels), shrink=0.7, label="attention to the answer, less to the wrong one")

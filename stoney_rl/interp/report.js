@@ -204,7 +204,7 @@ const headName = ([layer, head]) => `layer ${layer}, head ${head}`;
 
 // 4. Sections
 
-if (models.length > 1) {
+if (models.length > 1 && !find("comparison")) { // whose tables hold all models
   const views = [["one", "one"], ["side", "side by side"], ...models.map(model => [{ minus: model }, `minus ${model}`])];
   find("models").append(radios("model", "Model", models.map(model => [model, model])), radios("view", "View", views));
 }
