@@ -163,7 +163,7 @@ def main(argv: list[str] | None = None) -> int:
         models=opening.identities(sources),
         asked_sha256=plan.sha256(),
     )
-    earlier = opening.stage_at(output, STAGE, "an analysis", overwrite=args.overwrite)
+    earlier = opening.stage_at(output, STAGE, "is not an analysis", overwrite=args.overwrite)
     if runs.is_finished([output], identity, overwrite=args.overwrite):
         print((output / SUMMARY_FILE).read_text(encoding="utf-8"))
         print(f"{output}/: analysed with these settings already (--overwrite analyses again)")

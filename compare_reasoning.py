@@ -146,7 +146,7 @@ def main(argv: list[str] | None = None) -> None:
         roles=[chain, twin],
         asked_sha256=compare.sha256(pools, texts[0]),
     )
-    opening.stage_at(output, STAGE, "a comparison", overwrite=args.overwrite)
+    opening.stage_at(output, STAGE, "is not a comparison", overwrite=args.overwrite)
     if runs.is_finished([output], identity, overwrite=args.overwrite):
         print((output / SUMMARY_FILE).read_text(encoding="utf-8"))
         print(f"{output}/: compared with these settings already (--overwrite compares again)")

@@ -76,12 +76,12 @@ def held_out(name: str) -> tuple[list["Row"], str | None]:
     return found.rows, found.corpus.rowset.source
 
 
-def stage_at(output: Path, stage: str, what: str, *, overwrite: bool) -> dict:
-    """What stage.json of the output directory says, {} if there is none. Raises ``StoneyError`` where ``overwrite`` would
-    replace what is no ``what`` of this ``stage``."""
+def stage_at(output: Path, stage: str, refusal: str, *, overwrite: bool) -> dict:
+    """What stage.json of the output directory says, {} if there is none. Raises ``StoneyError``, with the
+    ``refusal`` in it, where ``overwrite`` would replace what is of another ``stage``."""
     earlier = (checkpoints.read_stage(output) or {}) if output.is_dir() else {}
     if overwrite and output.exists() and earlier.get("stage") != stage:
-        raise StoneyError(f"--overwrite: {output} is not {what}; choose another --output_dir")
+        raise StoneyError(f"--overwrite: {output} {refusal}; choose another --output_dir")
     return earlier
 
 
