@@ -106,8 +106,8 @@ def test_a_hook_that_changes_the_model_is_seen(llama, monkeypatch):
 def test_masks_that_are_dropped_are_seen(llama, monkeypatch):
     right = HookedModel._forward
 
-    def unmasked(self, batch, hooks, stop_at_layer):
-        return right(self, type(batch)(batch.ids, torch.ones_like(batch.mask)), hooks, stop_at_layer)
+    def unmasked(self, batch, *rest):
+        return right(self, type(batch)(batch.ids, torch.ones_like(batch.mask)), *rest)
 
     monkeypatch.setattr(HookedModel, "_forward", unmasked)
     assert broken(llama, monkeypatch, "padding")
