@@ -43,7 +43,7 @@ from stoney_rl.errors import StoneyError
 from stoney_rl.models import find_model
 
 FAMILIES = ("lexicon", "english", "arithmetic", "french")
-FEW = 2  # pairs of each family that a random set is measured in, as compare_reasoning.py does
+FEW = 1  # pairs of each family that a random set is measured in, as compare_reasoning.py does
 ROWS = 8  # in a pass while growth is measured: the smallest number of pairs fills one
 AXES = ("families", "pairs", "layers")
 WHAT = ("localisation", "matrix", "tasks")
@@ -191,7 +191,7 @@ def cost_of(model, pools: dict, plan: dict[str, int], draws: int, seed: int) -> 
     choosing = {name: pools[name].pairs[: 2 * plan["pairs"] : 2] for name in names}
     asked = compare.Plan(
         families, names[0], [], [], [], batch_size=ROWS, seed=seed,
-        settings=compare.Settings(plan["pairs"] // 2, plan["pairs"], plan["pairs"], draws, FEW, 3, tuned=False),
+        settings=compare.Settings(plan["pairs"] // 2, plan["pairs"], plan["pairs"], draws, FEW, 3, left_out=NO_PLAN),
     )  # fmt: skip
 
     def localised() -> dict:
@@ -211,7 +211,7 @@ def cost_of(model, pools: dict, plan: dict[str, int], draws: int, seed: int) -> 
         return found
 
     table = {name: functools.partial(task, name, function) for name, function in compare.TASKS.items()}
-    wanted = [name for name in compare.tasks_of(asked, is_main=True) if name not in NO_PLAN]
+    wanted = compare.tasks_of(asked, is_main=True)
     with tempfile.TemporaryDirectory() as folder, open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
         measure_model(Path(folder), wanted, asked, lambda: model, table=table)
     total = {key: sum(each[key] for each in own.values()) for key in ("seconds", "cpu_seconds")}

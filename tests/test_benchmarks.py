@@ -472,7 +472,7 @@ def test_families_are_compared_at_every_size(tmp_path, capsys):
     sizes = [(plan["families"], plan["pairs"], plan["layers"]) for plan in plans]
     assert sizes == [(2, 8, 1), (3, 8, 1), (2, 12, 1), (2, 8, 2), (3, 12, 2)]
     for plan, (families, pairs, _) in zip(plans, sizes, strict=True):
-        assert plan["cost"]["matrix"]["rows"] == families**2 * (pairs + 3 * 2)
+        assert plan["cost"]["matrix"]["rows"] == families**2 * (pairs + 3 * compare.FEW)
         each = plan["cost"]["tasks"]["each"]
         assert {"decision", "localise", "knockout", "knockout_neurons", "patching"} <= set(each)
         assert plan["cost"]["tasks"]["cpu_seconds"] == pytest.approx(sum(one["cpu_seconds"] for one in each.values()))
