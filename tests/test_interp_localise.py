@@ -461,7 +461,7 @@ def test_an_interaction_by_hand_and_whatever_the_size_of_logits():
         assert exact.value == pytest.approx(0.45, abs=1e-6)
         assert (exact.a, exact.b) == (pytest.approx(0.35, abs=1e-6), pytest.approx(0.1, abs=1e-6))
         assert found.found and found.low < found.value < found.high and found.p < 0.001
-        assert (found.n, found.clusters, found.draws, found.floor) == (72, 36, 20, 0.0)
+        assert (found.n, found.clusters, found.draws, found.floor) == (72, 36, 20, localise.SMALLEST)
         assert found.value == pytest.approx(0.45, abs=0.08)
 
 
@@ -470,7 +470,7 @@ def test_what_hurts_both_alike_is_no_interaction():
     general = {"a": {"a": 0.5, "b": 0.5}, "b": {"a": 0.1, "b": 0.1}}
     (found,) = interactions(written(general, noise=0.05), seed=3).values()
     assert abs(found.value) < 0.05 and not found.found and found.p > 0.05
-    assert found.detectable < 0.1  # the unlike means of the two terms, 0.4 and -0.4, are no scatter
+    assert found.detectable < localise.SMALLEST + 0.1  # the unlike means of the two terms, 0.4 and -0.4, are no scatter
 
 
 def test_an_interaction_must_exceed_that_of_random_sets():
@@ -480,6 +480,14 @@ def test_an_interaction_must_exceed_that_of_random_sets():
     (found,) = interactions(raised, seed=0).values()
     assert found.floor == pytest.approx(0.6) and found.p < 0.001 and not found.found
     assert found.detectable > 0.6
+
+
+@pytest.mark.parametrize(("lost", "counts"), [(0.33, False), (0.37, True)])
+def test_an_interaction_too_small_to_matter_is_none_however_sure(lost, counts):
+    """0.33 - 0.30 is 0.03 of the gap, below SMALLEST; 0.07 is above."""
+    slightly = {"a": {"a": lost, "b": 0.2}, "b": {"a": 0.3, "b": 0.2}}
+    (found,) = interactions(written(slightly, noise=0.002), seed=0).values()
+    assert found.p < 0.001 and found.found is counts
 
 
 def test_the_same_sets_have_an_interaction_of_exactly_zero():

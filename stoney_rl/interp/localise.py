@@ -52,6 +52,8 @@ SHARES = {COMPONENTS: 0.05, NEURONS: 0.01}
 # 0.4 with 3 steps and 3.4 with 20. ``rank_agreement`` with true patching tells.
 STEPS = 3
 POWER = 0.8
+# The least interaction that is called one, shares of the gap (0.5 is all that forgetting costs): our choice.
+SMALLEST = 0.05
 
 Values = Mapping[str, torch.Tensor]
 Families = Mapping[str, Sequence[PromptPair]]
@@ -661,7 +663,9 @@ class Interaction:
     """Of two families: (D[A, A] - D[B, A]) + (D[B, B] - D[A, B]), D[S, F] the share of F's gap lost without S's set.
 
     ``value``, positive if each set hurts its own family more; ``low``, ``high``: 95 % interval; ``p``, two-sided; ``q``,
-    corrected over all pairs of families. ``floor``: the 95th percentile of the same between random sets like the two.
+    corrected over all pairs of families. ``floor``: the 95th percentile of the same between random sets like the two, and
+    never below ``SMALLEST``: two sets chosen on different pairs are hardly ever the same to the last neuron, and with enough
+    pairs any difference is found.
     ``found``: q <= 0.05, and ``value`` above the floor. ``detectable``: the smallest interaction that these pairs would
     have shown with a power of 80 %, for a lone one among all that were tested. None where it can't be said (few
     clusters; for ``detectable`` also sets that are the same, or nearly, so that nothing scatters). ``a``, ``b``: the two
@@ -728,7 +732,7 @@ def _interaction(losses: Losses, a: str, b: str, seed: int) -> dict | None:
     random += losses.random_means(b, b) - losses.random_means(a, b)
     return {
         "value": float(value), "a": float(of_a.mean()), "b": float(of_b.mean()), "low": low, "high": high, "p": p,
-        "floor": max(0.0, float(np.percentile(random, 95))), "n": n, "clusters": result.clusters, "draws": len(random),
+        "floor": max(SMALLEST, float(np.percentile(random, 95))), "n": n, "clusters": result.clusters, "draws": len(random),
         "note": result.note, "error": float(np.sqrt(sum(total**2 for total in sums.values())) / n),
     }  # fmt: skip
 

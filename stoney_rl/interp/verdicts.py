@@ -226,7 +226,7 @@ def needed_parts(plan: Plan, own: Mapping[str, Measured]) -> dict | None:
             [[_label(a), *(_cell(cells[a, b]) for b in names)] for a in names],
         ))  # fmt: skip
         tables.append(_table(
-            f"Interaction ({what}): what each loses more without its own than without the other's", ["families", "interaction", "q", "random sets, 95 %", "found", "would have been seen"],
+            f"Interaction ({what}): what each loses more without its own than without the other's", ["families", "interaction", "q", f"floor: random sets, 95 %; {localise.SMALLEST} at least", "found", "would have been seen"],
             [[f"{_label(a)}, {_label(b)}", *(["no gap", "", "", "", ""] if one is None else [
                 f"{one.value:+.3f} {_bounds(one.low, one.high)}", _number(one.q), f"{one.floor:.3f}", "yes" if one.found else "no", _number(one.detectable)])]
              for (a, b), one in crossed.items()],
