@@ -5,6 +5,7 @@ import random
 import numpy as np
 import pytest
 import tiny
+from make_induction_model import new_tokenizer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -133,6 +134,11 @@ def test_no_value_is_dealt_to_its_own_key(tokenizer):
     dealt = tasks._shuffled_facts(facts, tokenizer, 0)
     assert sorted(fact.value for fact in dealt) == sorted(fact.value for fact in facts)
     assert not any(one.value == other.value for one, other in zip(facts, dealt, strict=True))
+
+
+def test_a_vocabulary_without_short_tokens_cuts_nothing():
+    with pytest.raises(StoneyError, match="english_split: no English word can be cut into 5 to 5 tokens .*--controls"):
+        tasks.build_pools(["english_split"], new_tokenizer(), [], couples=8, seed=0)
 
 
 def test_a_cut_has_as_many_tokens_as_asked_and_every_cut_is_as_likely(tokenizer):

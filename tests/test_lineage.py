@@ -19,6 +19,7 @@ from complete import also_complete
 from wandb_stub import WandbStub
 
 import analyze_with_tlens
+import compare_reasoning
 import evaluate_model
 import inspect_hf_dataset
 import prepare_base_model
@@ -91,6 +92,10 @@ def pipeline(stub, tmp_path_factory):
             *("--model_path", "grpo", "--tasks", "attention", "--random_models", "0"),
             *("--num_pairs", "4", "--families", "lookup"),
         ])  # fmt: skip
+        compare_reasoning.main([
+            *("--model_path", "grpo", "--compare", "sft_merged", "--families", "english", "arithmetic"),
+            *("--controls", "--quick", "--num_pairs", "16", "--random_sets", "2"),
+        ])  # fmt: skip
     return place
 
 
@@ -147,11 +152,14 @@ def test_every_stage_is_in_one_group_and_the_graph_leads_from_data_and_base_to_t
         ("grpo-test-evaluation", "out of", "evaluate_model"),
         *((name, "into", "analyze_with_tlens") for name in ("grpo", "prepared")),
         ("grpo-analysis", "out of", "analyze_with_tlens"),
+        *((name, "into", "compare_reasoning") for name in ("grpo", "sft_merged", "prepared")),
+        ("grpo-comparison", "out of", "compare_reasoning"),
     }
     types = {each["name"]: each["type"] for each in stub.artifacts if each["type"] != "run_table"}
     assert types == {
         "base": "base", "prepared": "dataset", "sft_ckpt": "adapter", "sft_merged": "model", "grpo_ckpt": "adapter",
         "grpo": "model", "grpo-test-evaluation": "evaluation", "grpo-analysis": "analysis",
+        "grpo-comparison": "comparison",
     }  # fmt: skip
 
 
@@ -171,7 +179,7 @@ def test_every_type_that_a_script_logs_or_takes_is_in_the_table():
 
 def test_the_same_things_have_the_same_names_in_every_stages_config(pipeline, stub):
     runs = {run["job_type"]: config_of(run) for run in stub.runs.values() if run["group"] == GROUP}
-    assert len(runs) == 6
+    assert len(runs) == 7
     for stage, config in runs.items():
         assert set(tracking.COMMON_CONFIG) <= set(config) and config["stage"] == stage
         assert config["git_commit"] == checkpoints.git_commit() and config["world_size"] == 1
@@ -179,9 +187,7 @@ def test_the_same_things_have_the_same_names_in_every_stages_config(pipeline, st
     of_data = {stage: config for stage, config in runs.items() if stage != "prepare_base_model"}
     for key in ("data_sha256", "split_seed", "test_fraction", "validation_fraction"):
         assert len({config[key] for config in of_data.values()}) == 1 and None not in {c[key] for c in of_data.values()}
-    assert [runs[stage]["model"] for stage in ("train_lora", "train_grpo", "evaluate_model", "analyze_with_tlens")] == [
-        "base", "sft_merged", "grpo", "grpo",
-    ]  # fmt: skip
+    assert [runs[stage]["model"] for stage in list(runs)[2:]] == ["base", "sft_merged", *3 * ["grpo"]]
     assert runs["train_grpo"]["dataset"] == runs["evaluate_model"]["dataset"] == "prepared"
 
 
@@ -195,9 +201,9 @@ def test_runs_and_reports_link_to_the_runs_that_they_come_from(pipeline, stub):
         url["grpo"], url["prepared"], url["sft_merged"],
     ]  # fmt: skip
     summary = (pipeline / "evaluation/grpo-test/summary.txt").read_text(encoding="utf-8")
-    page = (pipeline / "analysis/grpo/report.html").read_text(encoding="utf-8")
-    for name in ("grpo", "sft_merged", "base"):
-        assert url[name] in summary and url[name] in page
+    pages = [pipeline / folder / "grpo/report.html" for folder in ("analysis", "comparison")]
+    for page in (page.read_text(encoding="utf-8") for page in pages):
+        assert all(url[name] in summary and url[name] in page for name in ("grpo", "sft_merged", "base"))
 
 
 # --wandb_artifact

@@ -251,9 +251,14 @@ def _shuffled_facts(facts: Sequence[Fact], tokenizer: "PreTrainedTokenizerBase",
 def _cut_facts(
     facts: Sequence[Fact], tokenizer: "PreTrainedTokenizerBase", sizes: Sequence[int], seed: int
 ) -> list[Fact]:
-    """The facts whose values can be cut into a number of tokens drawn from ``sizes``."""
+    """The facts whose values can be cut into a number of tokens drawn from ``sizes``. Raises ``StoneyError`` if none can."""
     rng = random.Random(f"cut {seed}")
     cuts = [cut_into(tokenizer, f" {fact.value}", min(rng.choice(sizes), len(fact.value)), rng) for fact in facts]
+    if not any(cuts):
+        raise StoneyError(
+            f"english_split: no English word can be cut into {min(sizes)} to {max(sizes)} tokens of this vocabulary; "
+            "leave it out (--controls without it)"
+        )
     return [replace(fact, cut=cut) for fact, cut in zip(facts, cuts, strict=True) if cut]
 
 
