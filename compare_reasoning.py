@@ -94,6 +94,8 @@ def build_parser() -> argparse.ArgumentParser:
         type=cli.positive_int,
         help="random sets of parts beside each set; default 100, with --quick 10",
     )
+    measured.add_argument("--random_set_pairs", type=cli.positive_int,
+                          help="pairs of each family that a random set is measured in; more: their scatter is less; default 4, with --quick 1")  # fmt: skip
     measured.add_argument("--random_model", action=argparse.BooleanOptionalAction,
                           help="measure a model with random weights too, as a floor; default: but with --quick")  # fmt: skip
     measured.add_argument("--batch_size", type=cli.positive_int, default=16, help="prompts at a time")
@@ -236,7 +238,8 @@ def settings_of(args: argparse.Namespace) -> "Settings":
 
     settings = compare.QUICK if args.quick else compare.FULL
     couples = args.num_pairs // 2 if args.num_pairs else settings.couples
-    return replace(settings, couples=couples, draws=args.random_sets or settings.draws)
+    draws, few = args.random_sets or settings.draws, args.random_set_pairs or settings.few
+    return replace(settings, couples=couples, draws=draws, few=few)
 
 
 def make_pools(

@@ -43,7 +43,7 @@ from stoney_rl.errors import StoneyError
 from stoney_rl.models import find_model
 
 FAMILIES = ("lexicon", "english", "arithmetic", "french")
-FEW = 1  # pairs of each family that a random set is measured in, as compare_reasoning.py does
+FEW = 4  # pairs of each family that a random set is measured in, as compare_reasoning.py does
 ROWS = 8  # in a pass while growth is measured: the smallest number of pairs fills one
 AXES = ("families", "pairs", "layers")
 WHAT = ("localisation", "matrix", "tasks")

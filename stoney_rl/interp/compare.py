@@ -47,7 +47,7 @@ class Settings:
     localised: int = 16
     reported: int = 16
     draws: int = 100
-    few: int = 1
+    few: int = 4
     patched: int = 5
     words: int = 120
     closed: int = 24
