@@ -76,11 +76,14 @@ def corpus():
     return rows, [left_padded(rows[start : start + 9], 0) for start in (0, 9, 18)]
 
 
-def test_drawn_positions_are_tokens_and_every_one_without_a_cap(corpus):
+def test_drawn_positions_are_tokens_behind_the_first_and_every_one_without_a_cap(corpus):
     rows, batches = corpus
     masks, labels = _drawn_positions(batches, range(24), 10**6, seed=0)
-    assert all(torch.equal(mask, batch.mask.bool()) for mask, batch in zip(masks, batches, strict=True))
-    assert labels == [n for n, row in enumerate(rows) for _ in row]
+    # Rows are padded on the left: their first tokens are where the mask begins.
+    expected = [[[0] * (mask.shape[1] - len(row) + 1) + [1] * (len(row) - 1) for row in rows[start : start + 9]]
+                for start, mask in zip((0, 9, 18), masks, strict=True)]  # fmt: skip
+    assert [mask.int().tolist() for mask in masks] == expected
+    assert labels == [n for n, row in enumerate(rows) for _ in row[1:]]
     masks, labels = _drawn_positions(batches, range(24), 20, seed=0)
     assert sum(int(mask.sum()) for mask in masks) == len(labels) == 20
     assert not any((mask & ~batch.mask.bool()).any() for mask, batch in zip(masks, batches, strict=True))

@@ -1,13 +1,14 @@
 """How alike two models represent the same tokens: debiased linear CKA, layer by layer.
 
-1. The same positions are read in both models: at most ``cap`` tokens, drawn at random among all that are not padding.
+1. The same positions are read in both models: at most ``cap`` tokens, drawn at random among all but padding and each text's
+   first, which draws attention: its huge vector would be most of any sum of squares (Sun et al. 2024, 2402.17762).
 2. Linear CKA = HSIC(X, Y) / sqrt(HSIC(X, X) HSIC(Y, Y)) of the Gram matrices X X^T and Y Y^T (Kornblith et al.,
    1905.00414). It does not change when either is rotated, shifted, or multiplied by a number.
 3. HSIC in its unbiased form (Song et al. 2012, JMLR 13, equation 5): the usual one grows with d / n, so that independent
    activations with more dimensions than tokens would look alike. The value can be a little below zero.
 4. Texts, not tokens, are independent: the jackknife leaves one cluster of texts out at a time, and gives one value a
    cluster for ``significance.effects``.
-5. A few directions with huge values (the first token's, mostly) make up most of linear CKA: read it beside a probe.
+5. A few directions with huge values, where there are some still, make up most of linear CKA: read it beside a probe.
 
 Memory: ``cap`` vectors a layer and model, and Gram matrices [cap, cap] of one layer.
 """
@@ -65,7 +66,7 @@ def layer_similarity(
     """Pseudo-values of the CKA of both models' residual streams behind each layer, float32 [cluster, layer].
 
     ``clusters``: a label for each row of all batches. The models need equally many layers and the same token ids; widths
-    may differ. Clusters none of whose tokens were drawn are left out. Raises ``StoneyError`` if the numbers of layers
+    may differ. Clusters none of whose tokens were drawn are left out, as are texts of one token. Raises ``StoneyError`` if the numbers of layers
     differ, and where a layer's activations don't vary.
     """
     if model_a.n_layers != model_b.n_layers:
@@ -88,7 +89,7 @@ def _drawn_positions(batches: Sequence[Batch], clusters: Sequence[Hashable], cap
     """Of each batch a bool mask [row, position] of the tokens that are read, and the cluster label of each, in order."""
     import torch
 
-    tokens = torch.cat([batch.mask.bool().flatten() for batch in batches]).nonzero()[:, 0].numpy()
+    tokens = torch.cat([_after_first(batch).flatten() for batch in batches]).nonzero()[:, 0].numpy()
     chosen = np.random.default_rng(seed).permutation(tokens)[:cap]
     flat = torch.zeros(sum(batch.mask.numel() for batch in batches), dtype=torch.bool)
     flat[torch.from_numpy(chosen)] = True
@@ -98,6 +99,10 @@ def _drawn_positions(batches: Sequence[Batch], clusters: Sequence[Hashable], cap
     ]
     rows = torch.cat([mask.sum(dim=1) for mask in masks]).tolist()
     return masks, [label for label, count in zip(clusters, rows, strict=True) for _ in range(count)]
+
+
+def _after_first(batch: Batch):
+    return (batch.mask == 1) & (batch.mask.cumsum(1) > 1)
 
 
 def _vectors(model: HookedModel, batches: Sequence[Batch], masks: Sequence) -> list[np.ndarray]:
