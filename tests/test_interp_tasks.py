@@ -1,13 +1,11 @@
 """Families of matched prompts: what a couple is, what a control differs in, and that matching matches."""
 
-import itertools
 import random
 
 import numpy as np
 import pytest
 import tiny
 from make_induction_model import new_tokenizer
-from scipy.optimize import linear_sum_assignment
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -204,32 +202,6 @@ def test_each_couple_of_the_reference_gets_the_one_that_fits_it():
     pools = {"a": made_family("a", [10, 20, 30]), "b": made_family("b", [31, 11, 50, 21])}
     scores = {"a": scores_of([1, 1, 1]), "b": scores_of([1, 1, 1, 1])}
     assert tasks.match(pools, scores, couples=3, reference="a") == {"a": [0, 1, 2], "b": [1, 3, 0]}
-
-
-def test_couples_of_the_reference_that_a_family_has_nothing_like_are_left_out():
-    pools = {
-        "a": made_family("a", [40, 20, 10, 30]),
-        "b": made_family("b", [21, 31, 11]),
-        "c": made_family("c", [30, 40, 20]),
-    }
-    scores = {name: scores_of([1] * (len(pool.pairs) // 2)) for name, pool in pools.items()}
-    # b has nothing like 40, c nothing like 10.
-    chosen = tasks.match(pools, scores, couples=2, reference="a")
-    assert chosen == {"a": [1, 3], "b": [0, 1], "c": [2, 0]}
-
-
-@pytest.mark.parametrize("seed", range(5))
-def test_what_is_kept_of_the_reference_is_near_the_best_choice(seed):
-    draw = np.random.default_rng(seed)
-    distances = [draw.normal(size=(8, 1)) ** 2 + draw.exponential(size=(8, columns)) for columns in (5, 9)]
-
-    def cost(rows):
-        return sum(each[rows][linear_sum_assignment(each[rows])].sum() for each in distances)
-
-    costs = sorted(cost(list(rows)) for rows in itertools.combinations(range(8), 4))
-    kept = tasks._supported(distances, 8, 4)
-    assert len(set(kept)) == 4 and kept == sorted(kept)
-    assert cost(kept) < costs[0] + 0.1 * (np.median(costs) - costs[0])
 
 
 def test_matching_weighs_length_entropy_and_accuracy_and_lowers_the_imbalance():

@@ -19,9 +19,8 @@
 3. Controls: english_split: English whose values are cut into as many tokens as the lexicon's words have; lexicon_scrambled: the
    same prompts as the lexicon's with the letters of its words in another order, in as many tokens; lexicon_shuffled: the same with the words'
    meanings dealt out anew. What a family shows and its control shows too is no property of the language.
-4. More couples are made than needed. Of the reference family those are kept that all families have something like; for each of them one couple
-   of every other family is chosen, so that tokens, entropy of the answer, accuracy and, where it can be chosen, tokens of the value are
-   alike: optimal matching (Rosenbaum 1989) of standardised distances.
+4. More couples are made than needed. One couple is chosen for each of the reference family, so that tokens, entropy of
+   the answer, accuracy and, where it can be chosen, tokens of the value are alike: optimal matching (Rosenbaum 1989) of standardised distances.
    ``balance`` shows how far that went: standardised mean differences, of which less than 0.1 is usually called
    balanced and more than 0.25 not (Stuart 2010, 1010.5586; Austin 2009).
 
@@ -59,7 +58,7 @@ ALIGNED = (
 MEANING_IS_KEY = ("lexicon", *ALIGNED, "french", "english", "english_split")
 WORDLISTS = Path(__file__).parent / "wordlists"
 
-POOL = 2.0  # couples that are made for each that is wanted, where words last
+POOL = 1.3  # couples that are made for each that is wanted, where words last
 LENGTH = 46  # tokens of a prompt, about: five lines of words of five tokens
 # Tokens of a value and words of a key at most: longer ones make prompts long, so they are taken where shorter ones are too few.
 LIMITS = ((8, 2), (12, 4))
@@ -438,72 +437,34 @@ def match(
     pools: Mapping[str, Family], scores: Mapping[str, Mapping[str, np.ndarray]], *, couples: int, reference: str
 ) -> dict[str, list[int]]:
     """For each pool the places of at most ``couples`` couples, of all as many, the n-th of each fitting the n-th of
-    ``reference`` (the module's 4.). Those of the reference come in the order of its pool."""
+    ``reference`` (the module's 4.).
+
+    The reference's are its first ones that all aligned controls have too.
+    """
     from scipy.optimize import linear_sum_assignment
 
     own = pools[reference]
     names = own.clusters[::2]
     aligned = {name: pools[name].clusters[::2] for name in ALIGNED if name in pools and reference == "lexicon"}
-    able = [place for place, name in enumerate(names) if all(name in others for others in aligned.values())]
-    if not able:
+    kept = [place for place, name in enumerate(names) if all(name in others for others in aligned.values())]
+    kept = kept[: min(couples, *(len(pool.pairs) // 2 for pool in pools.values()))]
+    if not kept:
         raise StoneyError(f"{reference}: none of its couples is among those of {' and '.join(aligned)}")
-    target = covariates(own, scores[reference])[able]
-    distances = {
-        name: _distances(target, covariates(pool, scores[name]), counts_value=name == "english_split")
-        for name, pool in pools.items()
-        if name not in aligned and name != reference
-    }
-    rows = _supported(
-        list(distances.values()), len(able), min(couples, *(len(pool.pairs) // 2 for pool in pools.values()))
-    )
-    chosen = {reference: [able[row] for row in rows]}
-    for name, places in aligned.items():
-        chosen[name] = [places.index(names[place]) for place in chosen[reference]]
-    for name, distance in distances.items():
-        chosen[name] = linear_sum_assignment(distance[rows])[1].tolist()
+    target = covariates(own, scores[reference])[kept]
+    chosen = {reference: kept}
+    for name, pool in pools.items():
+        if name in aligned:
+            chosen[name] = [aligned[name].index(names[place]) for place in kept]
+        elif name != reference:
+            found = covariates(pool, scores[name])
+            spread = np.sqrt((target.var(axis=0) + found.var(axis=0)) / 2)
+            # Where a family has no choice, as natural words in their tokens, a difference that all share only adds noise.
+            free = spread > 0
+            free[COVARIATES.index("value_tokens")] &= name == "english_split"
+            distance = (np.abs(target[:, None] - found[None]) / np.where(spread > 0, spread, 1))[..., free].sum(-1)
+            rows, columns = linear_sum_assignment(distance)
+            chosen[name] = columns[np.argsort(rows)].tolist()
     return {name: chosen[name] for name in pools}
-
-
-def _distances(target: np.ndarray, found: np.ndarray, *, counts_value: bool) -> np.ndarray:
-    """Between every couple of the reference and of a pool, in standard deviations summed over COVARIATES [couple, couple]."""
-    spread = np.sqrt((target.var(axis=0) + found.var(axis=0)) / 2)
-    # Where a family has no choice, as natural words in their tokens, a difference that all share only adds noise.
-    free = spread > 0
-    free[COVARIATES.index("value_tokens")] &= counts_value
-    return (np.abs(target[:, None] - found[None]) / np.where(spread > 0, spread, 1))[..., free].sum(-1)
-
-
-def _supported(distances: Sequence[np.ndarray], size: int, wanted: int) -> list[int]:
-    """Which ``wanted`` of the reference's ``size`` couples to keep: those whose partners in all families are nearest in sum.
-
-    Keeping what all families have something like to is called common support (Stuart 2010, 1010.5586). Of a family a couple is the
-    partner of one at most. A mixed-integer program, solved to within 1 %.
-    """
-    from scipy.optimize import Bounds, LinearConstraint, milp
-    from scipy.sparse import block_array, eye_array, kron
-
-    if size <= wanted or not distances:
-        return list(range(min(size, wanted)))
-    # Unknowns: whether a couple is kept [couple], then for each family whether it has this partner [couple, partner].
-    none = [None] * len(distances)
-    rows, lower, upper = [], [], []
-    for number, distance in enumerate(distances):
-        n = distance.shape[1]
-        has, is_partner = kron(eye_array(size), np.ones((1, n))), kron(np.ones((1, size)), eye_array(n))
-        rows.append([-eye_array(size), *none[:number], has, *none[number + 1 :]])
-        rows.append([None, *none[:number], is_partner, *none[number + 1 :]])
-        lower += [0] * (size + n)
-        upper += [0] * size + [1] * n
-    rows.append([np.ones((1, size)), *none])
-    kept = np.arange(size + sum(each.size for each in distances)) < size
-    found = milp(
-        np.concatenate([np.zeros(size), *(each.ravel() for each in distances)]),
-        constraints=LinearConstraint(block_array(rows).tocsr(), [*lower, wanted], [*upper, wanted]),
-        bounds=Bounds(0, 1),
-        integrality=kept.astype(int),
-        options={"mip_rel_gap": 0.01},
-    )
-    return np.sort(np.argsort(-found.x[:size], kind="stable")[:wanted]).tolist()
 
 
 def balance(
