@@ -142,6 +142,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.trace and not (Path(args.trace) / TRACE_FILE).exists():
         raise StoneyError(f"--trace {args.trace}: no {TRACE_FILE} there; train with --trace_every")
     opening.check_device(args.device)
+    opening.check_shapes(sources)
     opening.show(sources)
 
     # 2. What they are asked: pairs, a sample text, other texts; the same of all.
@@ -177,8 +178,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     measured, floors = {}, None
     for name, source in sources.items():
-        first = measured[main_name]["trust"].facts["shape"] if measured else None
-        open_model = functools.cache(functools.partial(opened, args, name, source, first))
+        open_model = functools.cache(functools.partial(opened, args, name, source))
         measured[name] = analysis.measure_model(partial / runs.MEASURED / name, tasks, plan, open_model)
         floors = floors or analysis.measure_floor(partial / runs.MEASURED, tasks, plan, open_model)
 
@@ -290,10 +290,9 @@ def make_plan(
     )
 
 
-def opened(args: argparse.Namespace, name: str, source: ModelSource, first: dict | None) -> "HookedModel":
-    """The model, hooked, on the device. Raises ``StoneyError`` if --heads names one that it lacks, or if its shape is not
-    that of the first one."""
-    model = opening.open_hooked(name, source, args.dtype, args.device, first)
+def opened(args: argparse.Namespace, name: str, source: ModelSource) -> "HookedModel":
+    """The model, hooked, on the device. Raises ``StoneyError`` if --heads names one that it lacks."""
+    model = opening.open_hooked(source, args.dtype, args.device)
     layers, heads = model.n_layers, model.n_heads
     lacking = " ".join(f"{layer}.{head}" for layer, head in args.heads if layer >= layers or head >= heads)
     if lacking or (args.layers and args.layers[1] >= layers):

@@ -24,7 +24,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -41,15 +41,18 @@ if TYPE_CHECKING:
     from stoney_rl.models import ModelSource
 
 STAGE = "comparison"
-SUMMARY_FILE, REPORT_FILE = "summary.txt", "report.html"
+SUMMARY_FILE, REPORT_FILE, RESULTS_FILE = "summary.txt", "report.html", "results.json"
 WIDTH = 100  # of summary.txt
 FAMILIES = ("lexicon", "english", "french", "arithmetic")
 CONTROLS = ("english_split", "lexicon_scrambled", "lexicon_shuffled")
 FEWEST_PAIRS = 16  # a family: eight couples, four in each half
 MAX_TEXT = 120  # tokens of a held-out row
 TEXTS = 64  # held-out rows
-# Arguments that change no number.
-NOT_IDENTITY = {"overwrite", "config", "output_dir", "model_path", "compare", "seed_twin", "device"}
+# Arguments that change no number, or that stand in the identity by what they say: models, prompts, settings.
+NOT_IDENTITY = {
+    "overwrite", "config", "output_dir", "device", "batch_size", "model_path", "compare", "seed_twin", "lexicon", "pairs_file",
+    "include_trained", "families", "controls", "quick", "num_pairs", "random_sets", "random_set_pairs",
+}  # fmt: skip
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -113,8 +116,10 @@ def main(argv: list[str] | None = None) -> None:
     args = cli.parse_stage(parser, argv)
     if not args.model_path:
         parser.error("the following arguments are required: --model_path")
-    if args.num_pairs and args.num_pairs < FEWEST_PAIRS:
-        parser.error(f"--num_pairs {args.num_pairs}: expected {FEWEST_PAIRS} or more, as halves of halves are compared")
+    if args.num_pairs and (args.num_pairs < FEWEST_PAIRS or args.num_pairs % 2):
+        parser.error(
+            f"--num_pairs {args.num_pairs}: expected an even number, {FEWEST_PAIRS} or more: couples, in halves of halves"
+        )
     tracking.load_env()
 
     args.families = args.families or [name for name in FAMILIES if not args.quick or name != "french"]
@@ -127,10 +132,11 @@ def main(argv: list[str] | None = None) -> None:
     twin = others.pop() if args.seed_twin else None
     chain = [*others, main_name]
     opening.check_device(args.device)
+    opening.check_shapes(sources)
     opening.show(sources)
 
     # 2. What they are asked: more couples than needed, of which the main model's answers choose those that fit each other.
-    from stoney_rl.interp import analysis, compare, compare_plots, hooked, report, tasks, verdicts
+    from stoney_rl.interp import analysis, compare, compare_plots, hooked, localise, report, tasks, verdicts
     from stoney_rl.models import load_model, load_tokenizer
 
     tokenizers = {name: load_tokenizer(source) for name, source in sources.items()}
@@ -145,14 +151,31 @@ def main(argv: list[str] | None = None) -> None:
         vars(args),
         NOT_IDENTITY,
         models=opening.identities(sources),
-        roles=[chain, twin],
-        asked_sha256=compare.sha256(pools, texts[0]),
+        **{
+            "the order of the models": [chain, twin],
+            "the prompts": compare.sha256(pools, texts[0]),
+            "how much is measured": asdict(settings),
+        },
     )
     opening.stage_at(output, STAGE, "is not a comparison", overwrite=args.overwrite)
     if runs.is_finished([output], identity, overwrite=args.overwrite):
-        print((output / SUMMARY_FILE).read_text(encoding="utf-8"))
-        print(f"{output}/: compared with these settings already (--overwrite compares again)")
-        return
+        missing = [name for name in (SUMMARY_FILE, REPORT_FILE, RESULTS_FILE) if not (output / name).exists()]
+        if not missing:
+            print((output / SUMMARY_FILE).read_text(encoding="utf-8"))
+            print(f"{output}/: compared with these settings already (--overwrite compares again)")
+            return
+        print(f"{output}/: {', '.join(missing)} missing; written again, from what is in {runs.MEASURED}/")
+        runs.reopen(output, identity)
+
+    @functools.lru_cache(maxsize=2)  # two are needed at once, where one is compared with the next
+    def open_hooked(name: str):
+        return opening.open_hooked(sources[name], args.dtype, args.device)
+
+    @functools.lru_cache(maxsize=2)
+    def open_plain(name: str):
+        return load_model(sources[name], opening.torch_dtype(args.dtype)).to(opening.device_of(args.device))
+
+    localise.refuse_post_norm(open_hooked(main_name))
     partial = runs.open_partial(output, identity, resume=not args.overwrite, overwrite=args.overwrite)
     model, *rest = (source.name for source in sources.values())
     tracker = runs.start_tracking(
@@ -160,21 +183,10 @@ def main(argv: list[str] | None = None) -> None:
     )
     started = time.monotonic()
 
-    shape: dict = {}
-
-    @functools.lru_cache(maxsize=2)  # two are needed at once, where one is compared with the next
-    def open_hooked(name: str):
-        found = opening.open_hooked(name, sources[name], args.dtype, args.device, shape or None)
-        shape.update(layers=found.n_layers, heads=found.n_heads)
-        return found
-
-    @functools.lru_cache(maxsize=2)
-    def open_plain(name: str):
-        return load_model(sources[name], opening.torch_dtype(args.dtype)).to(opening.device_of(args.device))
-
     folder = partial / runs.MEASURED
     scores = analysis.kept(folder, "pools", lambda: compare.score_pools(open_hooked(main_name), pools, args.batch_size))
     plan = compare.make_plan(pools, scores, texts, settings, args.batch_size, args.seed)
+    compare.check_chosen(folder, plan)
     print(tasks.describe(compare.balance_of(plan, pools, scores)))
 
     # 3. One model at a time, one task at a time; what was measured before a stop is not measured again.
@@ -183,17 +195,17 @@ def main(argv: list[str] | None = None) -> None:
         asked = plan if name == main_name else plan.without_controls()
         wanted = compare.tasks_of(plan, is_main=name == main_name)
         measured[name] = analysis.measure_model(
-            folder / name, wanted, asked, functools.partial(open_hooked, name), table=compare.TASKS
+            folder / "models" / name, wanted, asked, functools.partial(open_hooked, name), table=compare.TASKS
         )
     floor = None
     if args.random_model:
         open_random = functools.cache(lambda: hooked.random_hooked(open_hooked(main_name), args.seed))
         floor = {}
         for few, wanted in compare.floor_tasks(plan):
-            floor |= analysis.measure_model(folder / "random", wanted, few, open_random, table=compare.TASKS)
+            floor |= analysis.measure_model(folder / "random weights", wanted, few, open_random, table=compare.TASKS)
     open_hooked.cache_clear()
     changes = {
-        pair: compare.measure_change(folder / "-".join(pair), plan, open_plain, open_hooked, *pair)
+        pair: compare.measure_change(folder / "changes", plan, open_plain, open_hooked, *pair)
         for pair in [*itertools.pairwise(chain), *([(main_name, twin)] if twin else [])]
     }
 
@@ -213,7 +225,7 @@ def main(argv: list[str] | None = None) -> None:
     report.write_page(partial / REPORT_FILE, verdicts.page(results, pictures))
     text = "\n\n".join(textwrap.fill(line, WIDTH) for line in results["findings"])
     (partial / SUMMARY_FILE).write_text(text + "\n", encoding="utf-8")
-    checkpoints.write_json(partial / "results.json", report.plain(results))
+    checkpoints.write_json(partial / RESULTS_FILE, report.plain(results))
     checkpoints.write_json(
         partial / checkpoints.STAGE_FILE,
         checkpoints.describe_stage(
@@ -222,7 +234,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     checkpoints.publish(partial, output)
     print(text)
-    print(f"\n{output}/: {REPORT_FILE} (open it in a browser), results.json, {len(pictures)} pictures")
+    print(f"\n{output}/: {REPORT_FILE} (open it in a browser), {RESULTS_FILE}, {len(pictures)} pictures")
 
     # 5. The same to W&B.
     tracker.html("report", output / REPORT_FILE)
@@ -253,7 +265,11 @@ def make_pools(
     lexicon is looked for, unless one is given."""
     from stoney_rl.interp import pairs, plan, tasks
 
-    own = plan.by_family(pairs.read_pairs(args.pairs_file, tokenizer).pairs) if args.pairs_file else {}
+    own = {}
+    if args.pairs_file:
+        read = pairs.read_pairs(args.pairs_file, tokenizer)
+        own = plan.by_family(read.pairs)
+        print(*(f"{args.pairs_file}: {reason}" for reason in read.skipped), sep="\n", end="\n" if read.skipped else "")
     controls = args.controls
     if controls is None:
         controls = [name for name in CONTROLS if name.partition("_")[0] in args.families]

@@ -181,7 +181,7 @@ def test_models_of_another_shape_are_refused(models, tmp_path):
         "--compare",
         str(tmp_path / "deep"),
     ]
-    with pytest.raises(StoneyError, match="deep has 3 layers of 4 heads, the first model 2 of 4"):
+    with pytest.raises(StoneyError, match="deep has 3 layers, tuned 2; compare models of one shape"):
         analyze_with_tlens.main(given)
 
 

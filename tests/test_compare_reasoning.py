@@ -86,7 +86,7 @@ def test_identical_checkpoints_differ_by_exactly_nothing(compared):
         unit["neurons_shared"] == unit["components_shared"] == 1 and unit["changed"] == 0
         for unit in numbers["units"].values()
     )
-    kept = analysis.read_task(compared / runs.MEASURED / "tuned-twin", "closure")
+    kept = analysis.read_task(compared / runs.MEASURED / "changes/tuned/twin", "closure")
     assert np.array_equal(kept.arrays["lexicon/earlier"], kept.arrays["lexicon/later"])
 
 
@@ -123,8 +123,8 @@ def test_a_stopped_comparison_goes_on_where_it_was_and_comes_to_the_same(compare
     checkpoints.write_json(left / runs.IDENTITY_FILE, json.loads((left / "stage.json").read_text())["identity"])
     for name in ("report.html", "results.json", "stage.json"):
         (left / name).unlink()
-    (left / runs.MEASURED / "base" / "cost.json").unlink()
-    (left / runs.MEASURED / "base-tuned" / "difference.json").unlink()
+    (left / runs.MEASURED / "models/base/cost.json").unlink()
+    (left / runs.MEASURED / "changes/base/tuned/difference.json").unlink()
     done = []
 
     def noted(name, task):
@@ -216,7 +216,7 @@ def test_a_family_with_a_built_ones_name_is_refused(models, tmp_path):
 def test_too_few_pairs_are_refused_by_the_parser(models, capsys):
     with pytest.raises(SystemExit) as stop:
         compare_reasoning.main(["--model_path", str(models / "tuned"), "--num_pairs", "4"])
-    assert stop.value.code == 2 and "--num_pairs 4: expected 16 or more" in capsys.readouterr().err
+    assert stop.value.code == 2 and "--num_pairs 4: expected an even number, 16 or more" in capsys.readouterr().err
 
 
 def test_a_folder_that_is_no_comparison_is_not_overwritten(models, tmp_path):

@@ -9,6 +9,7 @@ next task. Heads and neurons are chosen on one half of each family's pairs and r
 
 import json
 import time
+import zipfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -79,13 +80,14 @@ def measure_model(
     return done
 
 
-def kept(folder: Path, name: str, measure: Callable[[], Measured]) -> Measured:
-    """What ``measure`` gave when it was called for this ``folder`` and ``name``; it is called now if it never was."""
+def kept(folder: Path, name: str, measure: Callable[[], Measured], of: str | None = None) -> Measured:
+    """What ``measure`` gave when it was called for this ``folder`` and ``name``; it is called now if it never was. ``of``: what to say
+    it is of, in place of the folder's name."""
     found = read_task(folder, name)
     if found is None:
         started = time.monotonic()
         found = write_task(folder, name, measure())
-        print(f"{folder.name}: {name} ({time.monotonic() - started:.0f} s)", flush=True)
+        print(f"{of or folder.name}: {name} ({time.monotonic() - started:.0f} s)", flush=True)
     return found
 
 
@@ -100,10 +102,15 @@ def write_task(folder: Path, name: str, measured: Measured) -> Measured:
 
 
 def read_task(folder: Path, name: str) -> Measured | None:
+    """What ``write_task`` wrote; None, with a line to the user where files are damaged, if there is nothing whole."""
     if not (folder / f"{name}.json").exists():
         return None
-    with np.load(folder / f"{name}.npz") as arrays:
-        return Measured(json.loads((folder / f"{name}.json").read_text(encoding="utf-8")), dict(arrays))
+    try:
+        with np.load(folder / f"{name}.npz") as arrays:
+            return Measured(json.loads((folder / f"{name}.json").read_text(encoding="utf-8")), dict(arrays))
+    except (OSError, EOFError, ValueError, zipfile.BadZipFile) as error:
+        print(f"{folder / name}: damaged ({type(error).__name__}); measured again")
+        return None
 
 
 # Tasks

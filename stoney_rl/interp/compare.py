@@ -151,6 +151,14 @@ def check_sizes(families: Mapping[str, Family]) -> None:
             )
 
 
+def check_chosen(folder: Path, plan: Plan) -> None:
+    """Raise ``StoneyError`` if what ``folder`` holds was measured on other couples of the same pools: by another version of this
+    code."""
+    chosen = Measured({"sha256": sha256(plan.families, ())})
+    if kept(folder, "couples", lambda: chosen).facts != chosen.facts:
+        raise StoneyError(f"{folder}: measured by another version, which chose other couples; --overwrite starts again")
+
+
 def balance_of(plan: Plan, pools: Mapping[str, Family], scores: Measured) -> list[dict]:
     """``tasks.balance`` of the chosen couples, by the main model's scores."""
     own = {}
@@ -217,12 +225,13 @@ def values_of(measured: Measured, family: str) -> dict[str, torch.Tensor]:
 
 
 def measure_knockout(model: HookedModel, plan: Plan, done: dict[str, Measured]) -> Measured:
-    return _knocked_out(model, plan, done, "components", [name for name in plan.localised if name not in ALIGNED])
+    """Controls that have the lexicon's own prompts are left out."""
+    return _knocked_out(model, plan, done, "components", _without(plan.localised, ALIGNED))
 
 
 def measure_knockout_neurons(model: HookedModel, plan: Plan, done: dict[str, Measured]) -> Measured:
     """Controls are left out, as heads and MLPs are asked about them."""
-    return _knocked_out(model, plan, done, "neurons", [name for name in plan.localised if name not in CONTROLS])
+    return _knocked_out(model, plan, done, "neurons", _without(plan.localised, CONTROLS))
 
 
 def _knocked_out(
@@ -397,13 +406,21 @@ TASKS = {
     "patching": measure_patching,
     "tuned": measure_tuned,
 }
+# Which families are not knocked out; with fewer than two others there is nothing to compare.
+KNOCKED_OUT = {"knockout": ALIGNED, "knockout_neurons": CONTROLS}
 MAIN_ONLY = ("copying", "guesses", "knockout", "knockout_neurons", "patching", "tuned")
 
 
 def tasks_of(plan: Plan, *, is_main: bool) -> list[str]:
     """The tasks of the model that is asked about, or of another one."""
-    found = [name for name in TASKS if is_main or name not in MAIN_ONLY]
-    return [name for name in found if name not in plan.settings.left_out and (name != "tuned" or len(plan.texts) >= 8)]
+    left_out = {*plan.settings.left_out, *(() if is_main else MAIN_ONLY)}
+    left_out |= {task for task, left_alone in KNOCKED_OUT.items() if len(_without(plan.localised, left_alone)) < 2}
+    left_out |= {"tuned"} if len(plan.texts) < 8 else set()
+    return [name for name in TASKS if name not in left_out]
+
+
+def _without(names: Sequence[str], left_alone: Sequence[str]) -> list[str]:
+    return [name for name in names if name not in left_alone]
 
 
 def floor_tasks(plan: Plan) -> list[tuple[Plan, Sequence[str]]]:
@@ -423,12 +440,16 @@ def measure_change(
     earlier: str,
     later: str,
 ) -> dict[str, Measured]:
-    """What training changed from ``earlier`` to ``later``: tasks weights, representation, difference, closure, on disk as a model's are."""
+    """What training changed from ``earlier`` to ``later``: tasks weights, representation, difference, closure, on disk as a model's
+    are, in ``folder``/<earlier>/<later>."""
     done = {}
     for name, measure in CHANGES.items():
         opened = open_plain if name in ("weights", "closure") else open_hooked
         done[name] = kept(
-            folder, name, lambda measure=measure, opened=opened: measure(opened(earlier), opened(later), plan)
+            folder / earlier / later,
+            name,
+            lambda measure=measure, opened=opened: measure(opened(earlier), opened(later), plan),
+            of=f"{earlier} to {later}",
         )
     return done
 

@@ -76,7 +76,7 @@ def attribute_parts(
     the same values: the path is walked the other way, and m has the other sign. So one of the two is computed. Beyond the
     result no more than a batch is held. Raises ``StoneyError`` for a post-norm model, an unknown kind, no pairs.
     """
-    _refuse_post_norm(model)
+    refuse_post_norm(model)
     places = _mirrored(pairs)
     distinct = [pairs[same[0]] for same in places]
     widths = {"heads": (model.n_heads,), "mlps": (), "neurons": (model.d_mlp,)}
@@ -105,7 +105,8 @@ def _mirrored(pairs: Sequence[PromptPair]) -> list[list[int]]:
     return list(places.values())
 
 
-def _refuse_post_norm(model: HookedModel) -> None:
+def refuse_post_norm(model: HookedModel) -> None:
+    """Raise ``StoneyError`` for Gemma 2 and 3 (``HookedModel.post_norm``)."""
     if model.post_norm:
         raise StoneyError(
             f"{model.name}: a norm stands behind attention and MLP, so heads and neurons don't add up; "
@@ -359,7 +360,7 @@ def stand_in(model: HookedModel, families: Families, *, batch_size: int = ROWS_P
     so any set does some damage; the random sets show how much. Give the choosing pairs, so that nothing is taken from
     the prompts that are reported on.
     """
-    _refuse_post_norm(model)
+    refuse_post_norm(model)
     return _average([(1.0, _mean_over(model, pairs, batch_size)) for pairs in families.values()])
 
 
@@ -406,7 +407,7 @@ def _m_without(
     progress: str | None = None,
 ) -> torch.Tensor:
     """m on the clean prompt of a pair without a set, for each job (pair, set), float32 [job]."""
-    _refuse_post_norm(model)
+    refuse_post_norm(model)
     masks = [_masks(parts, reference) for parts in sets]
     found = torch.empty(len(jobs))
     batches = batched([pairs[pair] for pair, _ in jobs], batch_size, model.pad_token_id)
@@ -770,7 +771,7 @@ def true_patching(
 ) -> torch.Tensor:
     """The truth of single parts: m_patched - m_corrupt of the corrupt prompt with one part's clean activation, logits,
     float32 [pair, part], in the order of ``parts``; a forward pass for each. Raises as ``knock_out``."""
-    _refuse_post_norm(model)
+    refuse_post_norm(model)
     parts = list(parts)
     found = torch.empty(len(pairs), len(parts))
     for chunk, batch in batched(pairs, batch_size, model.pad_token_id):

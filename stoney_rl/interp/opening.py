@@ -79,6 +79,8 @@ def held_out(name: str) -> tuple[list["Row"], str | None]:
 def stage_at(output: Path, stage: str, refusal: str, *, overwrite: bool) -> dict:
     """What stage.json of the output directory says, {} if there is none. Raises ``StoneyError``, with the
     ``refusal`` in it, where ``overwrite`` would replace what is of another ``stage``."""
+    if output.exists() and not output.is_dir():
+        raise StoneyError(f"--output_dir {output}: a file; name a directory")
     earlier = (checkpoints.read_stage(output) or {}) if output.is_dir() else {}
     if overwrite and output.exists() and earlier.get("stage") != stage:
         raise StoneyError(f"--overwrite: {output} {refusal}; choose another --output_dir")
@@ -91,7 +93,8 @@ def check_device(device: str | None) -> None:
         import torch
 
         try:
-            torch.empty(1, device=device)
+            if torch.empty(1, device=device).is_meta:
+                raise StoneyError("--device meta: holds no numbers; name cpu, cuda or another device")
         except (RuntimeError, AssertionError, NotImplementedError) as error:
             raise StoneyError(f"--device {device}: {str(error).splitlines()[0][:120]}") from error
 
@@ -101,9 +104,7 @@ def check_vocabularies(tokenizers: Mapping) -> None:
     (main_name, tokenizer), *others = tokenizers.items()
     for name, other in others:
         if other.get_vocab() != tokenizer.get_vocab():
-            raise StoneyError(
-                f"--compare: {name} has another vocabulary than {main_name}; compare models of one family"
-            )
+            raise StoneyError(f"{name} has another vocabulary than {main_name}; compare models of one family")
 
 
 def torch_dtype(name: str) -> "torch.dtype":
@@ -119,22 +120,31 @@ def device_of(device: str | None) -> str:
     return device or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def open_hooked(
-    name: str, source: ModelSource, dtype: str, device: str | None, first: Mapping[str, int] | None
-) -> "HookedModel":
-    """The model, hooked, on the device. ``first``: 'layers' and 'heads' of the first model, whose shape it must have."""
+def check_shapes(sources: Mapping[str, ModelSource]) -> None:
+    """Raise ``StoneyError`` unless all models have as many layers and heads, as wide: head 3.1 of one is not that of another otherwise.
+    Only configs are read."""
+    from stoney_rl.memory import read_config
+
+    shapes = {}
+    for name, source in sources.items():
+        config = read_config(source.base or source.name, source.revision).get_text_config()
+        sizes = {"layers": "num_hidden_layers", "heads": "num_attention_heads", "numbers in a stream": "hidden_size",
+                 "neurons a layer": "intermediate_size"}  # fmt: skip
+        shapes[name] = {what: getattr(config, key, None) for what, key in sizes.items()}
+    (first, expected), *others = shapes.items()
+    for name, shape in others:
+        for what, size in shape.items():
+            if size != expected[what]:
+                raise StoneyError(f"{name} has {size} {what}, {first} {expected[what]}; compare models of one shape")
+
+
+def open_hooked(source: ModelSource, dtype: str, device: str | None) -> "HookedModel":
+    """The model, hooked, on the device."""
     from stoney_rl.interp.hooked import load_hooked
 
-    model = load_hooked(
+    return load_hooked(
         source.name,
         revision=source.revision if source.kind == "hub" else None,
         dtype=torch_dtype(dtype),
         device=device_of(device),
     )
-    shape = {"layers": model.n_layers, "heads": model.n_heads}
-    if first and first != shape:
-        raise StoneyError(
-            f"--compare: {name} has {shape['layers']} layers of {shape['heads']} heads, the first model {first['layers']} of "
-            f"{first['heads']}; compare models of one shape"
-        )
-    return model
