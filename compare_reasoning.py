@@ -295,8 +295,10 @@ def make_pools(
                 f"{args.pairs_file}: the family {family!r} has the name of one that is built; choose another"
             )
         pools[family] = tasks.own_family(family, members)
-    for family in pools.values():
+    for name, family in pools.items():
         print(family.describe())
+        if name in own and len(family.pairs) > 2 * settings.couples:
+            print(f"  the first {2 * settings.couples} of them are asked; --num_pairs asks more")
     return pools
 
 

@@ -1,6 +1,7 @@
 """Command lines that behave the same in every stage: flags, ``--config`` YAML, one-line errors, exit codes."""
 
 import argparse
+import errno
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -335,5 +336,14 @@ def run(main: Callable[[], int | None]) -> None:
     except BrokenPipeError:  # the reader of our output, such as `head`, has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        place = f"{error.filename}: " if error.filename else ""
+        print(
+            f"{name}: error: {place}{error.strerror}; make room and start again: what was finished is kept",
+            file=sys.stderr,
+        )
+        code = EXIT_BAD_INPUT
     distributed.leave(code)
     sys.exit(code)

@@ -170,6 +170,10 @@ def test_problems_are_told_together():
 
 ENDINGS = {
     "StoneyError('rows.jsonl: bad\\nand more')": (2, "script.py: error: rows.jsonl: bad\nscript.py: error: and more\n"),
+    "OSError(28, 'No space left on device', '/out/a.npz')": (
+        2,
+        "script.py: error: /out/a.npz: No space left on device; make room and start again: what was finished is kept\n",
+    ),
     "KeyboardInterrupt": (130, "\nscript.py: interrupted\n"),
 }
 

@@ -1,5 +1,6 @@
 """compare_reasoning.py as a user runs it, on tiny models: what it writes, what it says again, what it refuses."""
 
+import itertools
 import json
 import re
 import shutil
@@ -49,6 +50,16 @@ def compared(models, tmp_path_factory):
         patch.setenv("WANDB_MODE", "disabled")
         compare_reasoning.main(arguments(models, output))
     return output
+
+
+def unfinished(compared, output):
+    """The folder of a comparison that was stopped when all was measured, to become ``output``."""
+    left = runs.partial_directory(output)
+    shutil.copytree(compared, left)
+    checkpoints.write_json(left / runs.IDENTITY_FILE, json.loads((left / "stage.json").read_text())["identity"])
+    for name in ("report.html", "results.json", "stage.json"):
+        (left / name).unlink()
+    return left
 
 
 def section(output, key):
@@ -118,11 +129,7 @@ def test_a_finished_comparison_is_shown_again(compared, models, monkeypatch, cap
 
 def test_a_stopped_comparison_goes_on_where_it_was_and_comes_to_the_same(compared, models, tmp_path, monkeypatch):
     output = tmp_path / "out"
-    left = runs.partial_directory(output)
-    shutil.copytree(compared, left)
-    checkpoints.write_json(left / runs.IDENTITY_FILE, json.loads((left / "stage.json").read_text())["identity"])
-    for name in ("report.html", "results.json", "stage.json"):
-        (left / name).unlink()
+    left = unfinished(compared, output)
     (left / runs.MEASURED / "models/base/cost.json").unlink()
     (left / runs.MEASURED / "changes/base/tuned/difference.json").unlink()
     done = []
@@ -138,6 +145,70 @@ def test_a_stopped_comparison_goes_on_where_it_was_and_comes_to_the_same(compare
     first, second = (json.loads((folder / "results.json").read_text()) for folder in (compared, output))
     assert first.pop("about") and second.pop("about")
     assert first == second
+
+
+def test_what_says_the_same_is_the_same_and_other_settings_are_not(compared, models, tmp_path, monkeypatch, capsys):
+    shutil.copy(LEXICON, tmp_path / "copy.jsonl")
+    same = [*arguments(models, compared), "--batch_size", "5", "--lexicon", str(tmp_path / "copy.jsonl")]
+    compare_reasoning.main(same)
+    assert "compared with these settings already" in capsys.readouterr().out
+    monkeypatch.setattr(compare, "FULL", compare.replace(compare.FULL, few=compare.FULL.few + 1))
+    with pytest.raises(StoneyError, match="holds another run"):
+        compare_reasoning.main(arguments(models, compared))
+
+
+def test_what_was_measured_on_other_couples_is_not_gone_on_with(compared, models, tmp_path):
+    left = unfinished(compared, tmp_path / "out")
+    checkpoints.write_json(left / runs.MEASURED / "couples.json", {"sha256": "of other ones"})
+    with pytest.raises(StoneyError, match="measured by another version, which chose other couples; --overwrite"):
+        compare_reasoning.main(arguments(models, tmp_path / "out"))
+
+
+def test_lost_files_are_written_again_and_damaged_measurements_measured_again(compared, models, tmp_path, capsys):
+    output = tmp_path / "out"
+    shutil.copytree(compared, output)
+    (output / "results.json").unlink()
+    cost = output / runs.MEASURED / "models/base/cost.npz"
+    cost.write_bytes(cost.read_bytes()[:100])
+    compare_reasoning.main(arguments(models, output))
+    said = capsys.readouterr().out
+    assert (
+        "results.json missing; written again" in said
+        and "models/base/cost: damaged (BadZipFile); measured again" in said
+    )
+    first, second = (json.loads((folder / "results.json").read_text()) for folder in (compared, output))
+    assert first.pop("about") and second.pop("about") and first == second
+    assert not runs.partial_directory(output).exists()
+
+
+@pytest.mark.parametrize("asked", [["english", "--controls"], ["lexicon", "--controls", "lexicon_scrambled"]])
+def test_a_family_alone_is_not_knocked_out_nor_compared(models, tmp_path, asked):
+    output = tmp_path / "out"
+    given = ["--model_path", str(models / "tuned"), "--output_dir", str(output), "--lexicon", LEXICON, "--quick"]
+    compare_reasoning.main([*given, "--num_pairs", "16", "--random_sets", "2", "--families", *asked])
+    assert not list(output.rglob("knockout*"))
+    keys = {one["key"] for one in json.loads((output / "results.json").read_text())["sections"]}
+    assert "fairness" in keys and "needed" not in keys
+
+
+def test_changes_never_share_a_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        compare, "CHANGES", {"weights": lambda one, other, plan: analysis.Measured({"of": [one, other]})}
+    )
+    chain = ["a-b", "a", "b-a"]
+    for pair in itertools.pairwise(chain):
+        found = compare.measure_change(tmp_path, None, str, str, *pair)
+        assert found["weights"].facts["of"] == list(pair)
+
+
+def test_what_can_not_be_compared_is_refused_before_anything_is_measured(models, tmp_path):
+    deep, gemma = tiny.checkpoint(tmp_path / "deep", layers=3), tiny.checkpoint(tmp_path / "gemma", "gemma2")
+    given = ["--output_dir", str(tmp_path / "out"), "--families", "english", "--controls"]
+    with pytest.raises(StoneyError, match="deep has 3 layers, tuned 2; compare models of one shape"):
+        compare_reasoning.main(["--model_path", str(models / "tuned"), "--compare", str(deep), *given])
+    with pytest.raises(StoneyError, match="gemma: a norm stands behind attention and MLP"):
+        compare_reasoning.main(["--model_path", str(gemma), *given])
+    assert {path.name for path in tmp_path.iterdir()} == {"deep", "gemma"}
 
 
 def test_families_of_ones_own_are_compared_too(models, tmp_path):
@@ -176,10 +247,7 @@ def test_the_report_and_pictures_go_to_wandb(models, compared, tmp_path, monkeyp
 
     monkeypatch.setattr(compare_reasoning.tracking, "start_stage", lambda *_, **__: Recorder())
     output = tmp_path / "out"
-    left = runs.partial_directory(output)
-    shutil.copytree(compared, left)
-    checkpoints.write_json(left / runs.IDENTITY_FILE, json.loads((left / "stage.json").read_text())["identity"])
-    (left / "stage.json").unlink()
+    unfinished(compared, output)
     compare_reasoning.main(arguments(models, output))
     assert ("html", "report", output / "report.html") in sent
     assert ("artifact", "out", "comparison", str(output)) in sent

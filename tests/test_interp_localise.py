@@ -465,6 +465,37 @@ def test_an_interaction_by_hand_and_whatever_the_size_of_logits():
         assert found.value == pytest.approx(0.45, abs=0.08)
 
 
+def with_gaps(loss, gaps):
+    """One family in as many clusters as pairs, without a set that costs ``loss`` [pair]."""
+    return Losses(
+        own={"a": {"a": torch.from_numpy(loss)}}, random={"a": {"a": torch.zeros(20, 4)}}, drawn={},
+        clean={"a": torch.from_numpy(gaps / 2)}, corrupt={"a": torch.from_numpy(-gaps / 2)},
+        clusters={"a": [str(n) for n in range(len(gaps))]}, sets={"a": PartSet()}, random_sets={"a": []},
+    )  # fmt: skip
+
+
+def test_a_loss_that_is_the_same_share_of_every_gap_is_known_well():
+    rng = np.random.default_rng(0)
+    gaps = rng.lognormal(1, 1, 32)
+    cell = cells(with_gaps(0.3 * gaps + rng.normal(0, 1e-3, 32), gaps), seed=0)["a", "a"]
+    assert 0.299 < cell.low < cell.loss < cell.high < 0.301
+
+
+@pytest.mark.parametrize("slope", [0.0, 0.3, 1.0])
+def test_the_interval_of_a_share_is_that_of_a_ratio(slope):
+    """Losses that go with the gap by ``slope`` and scatter besides; the true share is 0.3."""
+    rng, held, widths = np.random.default_rng(1), 0, []
+    for _ in range(150):
+        gaps = rng.normal(10, 4, 32)
+        loss = 3 + slope * (gaps - 10) + rng.normal(0, 1, 32)
+        cell = cells(with_gaps(loss, gaps), seed=0)["a", "a"]
+        held += cell.low <= 0.3 <= cell.high
+        widths.append(cell.high - cell.low)
+    error = (1 + (4 * (slope - 0.3)) ** 2) ** 0.5 / 10 / 32**0.5  # of loss - 0.3 gap, over the gap
+    assert held / 150 >= 0.9
+    assert np.mean(widths) == pytest.approx(2 * 1.96 * error, rel=0.4)
+
+
 def test_what_hurts_both_alike_is_no_interaction():
     """A's set costs more everywhere: a difference between sets, not between families."""
     general = {"a": {"a": 0.5, "b": 0.5}, "b": {"a": 0.1, "b": 0.1}}

@@ -467,17 +467,23 @@ class Losses:
         return mean_gap(self.clean[family], self.corrupt[family])
 
     def share(self, ablated: str, measured: str) -> np.ndarray | None:
-        """``own`` over the measured family's gap, float64 [pair]; None without a gap."""
-        return _over(self.own[ablated][measured], self.gap(measured))
+        """``own`` over the measured family's gap, float64 [pair]; None without a gap.
+
+        The gap is a mean over the same pairs and as uncertain: pair i enters as r + (loss_i - r gap_i) / gap, with the share r = mean
+        loss / gap. The mean is r, and the scatter that of a ratio (delta method; Deng et al. 2018, 1803.06336).
+        """
+        gap = self.gap(measured)
+        if gap is None:
+            return None
+        loss = self.own[ablated][measured].double().numpy()
+        gaps = (self.clean[measured].double() - self.corrupt[measured].double()).numpy()
+        share = loss.mean() / gap
+        return share + (loss - share * gaps) / gap
 
     def random_means(self, ablated: str, measured: str) -> np.ndarray | None:
         """Of each random set the mean over its few pairs, over the gap, float64 [set]; None without a gap."""
-        shares = _over(self.random[ablated][measured], self.gap(measured))
-        return None if shares is None else shares.mean(1)
-
-
-def _over(losses: torch.Tensor, gap: float | None) -> np.ndarray | None:
-    return None if gap is None else losses.double().numpy() / gap
+        gap = self.gap(measured)
+        return None if gap is None else self.random[ablated][measured].double().numpy().mean(1) / gap
 
 
 def matrix(

@@ -35,6 +35,8 @@ NAMES = {
     "lexicon_shuffled": "words of the lexicon with shuffled meanings",
 }
 MATCHED = (*FAMILIES, *CONTROLS)  # to the reference, couple by couple; a user's own families are not
+# The most that an interaction can be: forgetting costs half the gap, and each set at most its own family's.
+MOST = 1.0
 NAMED = 5  # heads and tokens that a sentence names
 HALVINGS = {"components": 200, "neurons": 40}
 
@@ -88,8 +90,10 @@ def fairness(plan: Plan, measured: Models, floor: Mapping[str, Measured] | None,
     for name in plan.families:
         cells = []
         for model, tasks in models.items():
-            labels = _couple_clusters(plan.families[name].pairs)
-            found = _mean(_couples(_right(tasks["decision"], name)), plan.seed, labels) if _has(tasks, name) else None
+            found = None
+            if _has(tasks, name):
+                right = _couples(_right(tasks["decision"], name))  # of the floor only the first couples
+                found = _share_of(right, _couple_clusters(plan.families[name].pairs)[: len(right)])
             numbers[f"{model}/{name}"] = found
             cells.append(_percent(found))
         rows.append([_label(name), *cells])
@@ -100,12 +104,22 @@ def fairness(plan: Plan, measured: Models, floor: Mapping[str, Measured] | None,
         if shift is not None and abs(shift) > UNBALANCED
     ]
     pairs = " and ".join(str(n) for n in sorted({len(family.pairs) for family in plan.families.values()}))
+    matched = [_label(name) for name in plan.families if name in MATCHED and name != plan.reference]
+    own = [_label(name) for name in plan.families if name not in MATCHED]
     answer = [
-        f"Fair? {len(plan.families)} families of {pairs} pairs, each couple matched to one of {_label(plan.reference)} on tokens, entropy and accuracy. "
+        f"Fair? {_count(len(plan.families), 'family', 'families')} of {pairs} pairs."
         + (
-            f"More than {UNBALANCED} standard deviations apart remain: {'; '.join(off)}."
+            f" Each couple of {_listed(matched)} is matched to one of {_label(plan.reference)} on tokens, entropy and accuracy."
+            if matched
+            else ""
+        )
+        + (f" Not matched, as they are your own: {_listed(own)}." if own else "")
+        + (
+            f" More than {UNBALANCED} standard deviations apart remain: {'; '.join(off)}."
             if off
-            else f"No family is off by more than {UNBALANCED} standard deviations."
+            else f" No family is off by more than {UNBALANCED} standard deviations."
+            if balance[1:]
+            else ""
         )
         + f" Right answers of {next(iter(measured))}: "
         + ", ".join(f"{_label(name)} {_percent(numbers[f'{next(iter(measured))}/{name}'])}" for name in plan.families)
@@ -143,6 +157,8 @@ def shared_parts(plan: Plan, overlaps: Mapping, floor: Mapping[str, Measured] | 
     if len(names) < 2:
         return None
     for (model, kind), found in overlaps.items():
+        if not found:  # of neurons, where all but one family are controls
+            continue
         numbers[f"{model}/{kind}"] = {f"{a}/{b}": asdict(one) for (a, b), one in found.items()}
         base = _floor_overlap(plan, floor, kind) if model == main else {}
         rows = [
@@ -155,11 +171,11 @@ def shared_parts(plan: Plan, overlaps: Mapping, floor: Mapping[str, Measured] | 
         ]  # fmt: skip
         k = next(iter(found.values())).k
         tables.append(_table(
-            f"{model}: share of the {k} strongest {'heads and MLPs' if kind == 'components' else 'neurons'} that two families have in common",
+            f"{model}: share of the {k} strongest {'heads and MLPs' if kind == 'components' else 'neurons'} that two families have in common; in brackets how far other couples would move it",
             ["families", "shared", "chance", "p", "same family, other pairs", "missing to that", "correlation of all", "random weights"], rows,
         ))  # fmt: skip
         if model == main:
-            answer.append(_overlap_sentence(plan, found, kind, k))
+            answer += _overlap_sentence(plan, found, kind, k)
     return _section(
         "overlap", "Do they use the same parts?", answer, tables=tables, numbers=numbers,
         tells="whether the parts that matter most for one family matter most for another: between what chance gives and what other pairs of one family give.",
@@ -188,7 +204,8 @@ def _floor_overlap(plan: Plan, floor: Mapping[str, Measured] | None, kind: str) 
     return {(a, b): len(sets[a] & sets[b]) / len(sets[a]) for a, b in combinations(names, 2)}
 
 
-def _overlap_sentence(plan: Plan, found: Mapping, kind: str, k: int) -> str:
+def _overlap_sentence(plan: Plan, found: Mapping, kind: str, k: int) -> list[str]:
+    """One sentence; none where the reference is compared with controls alone."""
     what = "heads and MLPs" if kind == "components" else "neurons"
     parts = []
     for (a, b), one in found.items():
@@ -196,20 +213,22 @@ def _overlap_sentence(plan: Plan, found: Mapping, kind: str, k: int) -> str:
             other = b if a == plan.reference else a
             verdict = (
                 "no interval with so few couples" if one.missing_interval is None
-                else "fewer than its own pairs share with each other" if one.missing_interval[0] > 0
-                else "as many as its own pairs share with each other, within the interval"
+                else "fewer than pairs of one family share with each other" if one.missing_interval[0] > 0
+                else "as many as pairs of one family share with each other, within the interval"
             )  # fmt: skip
             parts.append(
                 f"{one.share * k:.0f} with {_label(other)} (chance {one.chance * k:.1f}; {verdict}: {one.missing:+.0%} {_bounds(*one.missing_interval or (None, None), '.0%')} missing)"
             )
-    return f"Same {what}? Of the {k} strongest for {_label(plan.reference)}, it shares " + "; ".join(parts) + "."
+    return [f"Same {what}? Of the {k} strongest for {_label(plan.reference)}, it shares {'; '.join(parts)}."] * bool(
+        parts
+    )
 
 
 def needed_parts(plan: Plan, own: Mapping[str, Measured]) -> dict | None:
     """The matrix and its interactions."""
     if "knockout" not in own:
         return None
-    numbers, tables, answer = {}, [], []
+    numbers, tables, answer, reported = {}, [], [], len(plan.reporting(plan.localised[0]))
     for task, what in (("knockout", "heads and MLPs"), ("knockout_neurons", "neurons")):
         if task not in own:
             continue
@@ -221,7 +240,7 @@ def needed_parts(plan: Plan, own: Mapping[str, Measured]) -> dict | None:
         }
         names = list(losses.own)
         tables.append(_table(
-            f"Without the {what} of the row: share of the column's logit gap that is lost (random sets like them)",
+            f"Without the {what} of the row: share of the column's logit gap that is lost (random sets like them); {_starred(cells, plan)}",
             ["without those of", *map(_label, names)],
             [[_label(a), *(_cell(cells[a, b]) for b in names)] for a in names],
         ))  # fmt: skip
@@ -251,7 +270,7 @@ def needed_parts(plan: Plan, own: Mapping[str, Measured]) -> dict | None:
         "needed", "Do they need different parts?", answer, tables=tables, numbers=numbers,
         tells="by real interventions on pairs that parts were not chosen on, whether a family loses more without its own parts than without another's. 0.5 is all that forgetting can cost.",
         cannot="that parts are for nothing else: only these families were asked. Parts that stand in for one another hide; a group is taken away to limit that.",
-        source=f"The matrix follows AlKhamissi et al. (2411.02280, figure 3) and LAPE (2402.16438, figure 4), with {plan.settings.draws} random sets matched in kind and layer, each in {plan.settings.few} pairs of each family, which makes the comparison cautious. n = {len(plan.reporting(plan.localised[0]))} pairs a family.",
+        source=f"The matrix follows AlKhamissi et al. (2411.02280, figure 3) and LAPE (2402.16438, figure 4), with {plan.settings.draws} random sets of as many heads and neurons in the same layers and as many MLPs in any, each in {min(plan.settings.few, reported)} pairs of each family, which makes the comparison cautious. n = {reported} pairs a family.",
     )  # fmt: skip
 
 
@@ -281,6 +300,8 @@ def _interaction_sentence(plan: Plan, crossed: Mapping, what: str) -> str:
 def _crossed(key: tuple[str, str], one: localise.Interaction, plan: Plan) -> str:
     other = key[1] if key[0] == plan.reference else key[0]
     seen = "" if one.found or one.detectable is None else f", {one.detectable:.2f} would have been seen"
+    if seen and one.detectable > MOST:
+        seen += ", which is more than there can be: these random sets are too few or seen in too few pairs to decide"
     return f"{_label(plan.reference)} against {_label(other)} {one.value:+.2f} {_bounds(one.low, one.high)} of the gap (random sets up to {one.floor:.2f}{seen})"
 
 
@@ -301,16 +322,17 @@ def tokens_or_language(found: Mapping) -> dict | None:
     if natural.missing_interval and cut.missing_interval:
         apart = cut.missing_interval[1] < natural.missing_interval[0]
         moved = (
-            ": cut English is nearer to the lexicon, so the difference goes with the tokens, not with the language" if apart
+            ": cut English is nearer to the lexicon, so the difference goes with the tokens, not with the language" if apart and cut.missing_interval[0] <= 0
+            else f": cut English is nearer to the lexicon, so a part of the difference goes with the tokens; {cut.missing:.0%} is left" if apart
             else f": {'nearer, but ' if cut.missing < natural.missing else ''}not apart by more than these pairs can show"
         )  # fmt: skip
     sentence = (
-        f"Tokens or language? Of the strongest heads and MLPs {_label('lexicon')} and English share {natural.share:.0%} (to what the lexicon's own pairs share, "
+        f"Tokens or language? Of the strongest heads and MLPs {_label('lexicon')} and English share {natural.share:.0%} (to what pairs of one family share, "
         f"{_missing(natural)} missing), the lexicon and English cut into as many tokens {cut.share:.0%} ({_missing(cut)} missing){moved}. "
         f"English and cut English share {both.share:.0%}."
     )
     if scrambled is not None:
-        is_same = scrambled.missing_interval is None or scrambled.missing_interval[0] <= 0
+        is_same = scrambled.missing_interval is not None and scrambled.missing_interval[0] <= 0
         sentence += (
             f" With the letters of its words scrambled the lexicon keeps {scrambled.share:.0%} of them ({_missing(scrambled)} missing)"
             + (": that they are words of the language shows nowhere in this." if is_same else ".")
@@ -347,7 +369,8 @@ def depth(plan: Plan, measured: Models, main: str) -> dict:
             if f"{name}/answer_depth" not in arrays:
                 continue
             values = _couples(arrays[f"{name}/answer_depth"])
-            found = _mean(values, plan.seed)
+            asked = plan.families[name].pairs if task == "decision" else plan.reporting(name)
+            found = _mean(values, plan.seed, _couple_clusters(asked))
             shift = _paired(values, reference, plan.seed) if name != plan.reference and name in MATCHED else None
             numbers[task][name] = {"depth": found, "to_reference": shift}
             known = f"{np.isfinite(values).sum()} of {len(values)}"
@@ -395,6 +418,8 @@ def pivot(plan: Plan, own: Mapping[str, Measured]) -> dict | None:
     task = own["tuned"] if "tuned" in own else own["guesses"]
     curves, rows, numbers, parts = {}, [], {}, []
     english = _above(task, "english")
+    if english is None:
+        return None
     for name in plan.localised:
         above = _above(task, name)
         if above is None:
@@ -408,8 +433,8 @@ def pivot(plan: Plan, own: Mapping[str, Measured]) -> dict | None:
         layers = slice(above.shape[1] // 2, above.shape[1] - 1)
         couples = _couples(above[:, layers].mean(1))
         layer = int(np.nanmean(above, 0)[:-1].argmax())
-        peak, beyond = _mean(couples, plan.seed), None
-        if english is not None and name != "english" and name in MATCHED:
+        peak, beyond = _mean(couples, plan.seed, _couple_clusters(plan.reporting(name))), None
+        if name != "english" and name in MATCHED:
             beyond = _paired(couples, _couples(english[:, layers].mean(1)), plan.seed)
         numbers[name] = {"strongest_layer": layer, "mean": peak, "beyond": beyond}
         rows.append(
@@ -424,7 +449,7 @@ def pivot(plan: Plan, own: Mapping[str, Measured]) -> dict | None:
         if name != "english" and name not in CONTROLS:
             more = "" if beyond is None else f", {_value(beyond, '+.3f')} beyond English{_unseen(beyond, '.3f')}"
             parts.append(
-                f"{_label(name)}: in the second half of the layers the English meaning is more likely than the prompt's other word by {_value(peak, '+.3f')}{more}"
+                f"{_label(name)}: in the second half of the layers the English meaning's probability less that of the prompt's other word is {_value(peak, '+.3f')}{more}"
             )
     if not curves:
         return None
@@ -433,7 +458,7 @@ def pivot(plan: Plan, own: Mapping[str, Measured]) -> dict | None:
         tables=[_table("English meaning among the guesses, mean over the second half of the layers", ["family", "strongest at layer", "probability above the other word's", "beyond English", "would have been seen"], rows)],
         numbers={"peaks": numbers, "curves": curves},
         tells="whether, before it writes a word of the language, the model holds its English meaning likely at middle layers, more than an English prompt makes it.",
-        cannot="more than that: repetition of the word in the prompt looks the same, and what the lens can't read is not seen. Without the English family as control nothing follows.",
+        cannot="more than that: repetition of the word in the prompt looks the same, and what the lens can't read is not seen.",
         source="Wendler et al. (2402.10588, figures 2 to 4): they use prompts without the English word and one-token words; with five tokens a word that can't be had, so the English family is the control. Semantic hub: 2411.04986, figure 2.",
     )  # fmt: skip
 
@@ -521,7 +546,8 @@ def copying(plan: Plan, own: Mapping[str, Measured]) -> dict:
     for name in plan.localised:
         arrays = own["copying"].of(name)
         spans[name] = {
-            key: _mean(_couples(arrays[key].mean((1, 2))), plan.seed) for key in ("distance", "sink", "entropy")
+            key: _mean(_couples(arrays[key].mean((1, 2))), plan.seed, _couple_clusters(plan.reporting(name)))
+            for key in ("distance", "sink", "entropy")
         }
         span_rows.append([_label(name), *(_value(spans[name][key], ".2f") for key in ("distance", "sink", "entropy"))])
     others = [
@@ -630,7 +656,7 @@ def change(
     numbers["behaviour"] = {}
     for name in units:
         before, after = (_couples(_m(measured[model]["decision"], name)) for model in pair)
-        numbers["behaviour"][name] = _paired(after, before, plan.seed)
+        numbers["behaviour"][name] = _paired(after, before, plan.seed, _couple_clusters(plan.families[name].pairs))
     closure = found["closure"].facts
     numbers["closure"] = closure
     for name, one in closure.items():
@@ -763,6 +789,22 @@ def _table(caption: str, columns: Sequence[str], rows: Sequence[Sequence]) -> di
     return {"caption": caption, "columns": list(columns), "rows": [[str(cell) for cell in row] for row in rows]}
 
 
+def _count(number: int, one: str, more: str) -> str:
+    return f"{number} {one if number == 1 else more}"
+
+
+def _listed(names: Sequence[str]) -> str:
+    return " and ".join(filter(None, [", ".join(names[:-1]), *names[-1:]]))
+
+
+def _starred(cells: Mapping, plan: Plan) -> str:
+    """What the star of a cell says, and what it takes: no p is below 1 / (sets + 1)."""
+    tested = sum(cell is not None for cell in cells.values())
+    least = int(np.ceil(tested / (plan.settings.draws + 1) / significance.LEVEL))
+    takes = f"takes {least} of {tested} cells at the least p" if least <= tested else "can't be reached"
+    return f"* more than random sets, q <= {significance.LEVEL}, which with {plan.settings.draws} sets {takes}"
+
+
 def _label(name: str) -> str:
     return NAMES.get(name, name)
 
@@ -808,7 +850,7 @@ def _mean(values: np.ndarray, seed: int, clusters: Sequence | None = None) -> di
     """
     values = np.asarray(values, dtype=np.float64)
     known = np.isfinite(values)
-    labels = np.arange(len(values)) if clusters is None else np.asarray(clusters)[: len(values)]
+    labels = np.arange(len(values)) if clusters is None else np.asarray(clusters)
     values, labels = values[known], labels[known].tolist()
     if not len(values):
         return None
@@ -821,26 +863,37 @@ def _mean(values: np.ndarray, seed: int, clusters: Sequence | None = None) -> di
         "low": low,
         "high": high,
         "n": len(values),
-        "detectable": _detectable(values),
+        "detectable": _detectable(values, labels),
     }
 
 
-def _detectable(values: np.ndarray) -> float | None:
-    """The mean that so many values of this spread would show with 80 % power at 5 %, two-sided."""
+def _detectable(values: np.ndarray, clusters: Sequence) -> float | None:
+    """The mean that so many clusters of values of this spread would show with 80 % power at 5 %, two-sided."""
     from scipy.stats import t
 
-    n = len(values)
+    _, places = np.unique(np.asarray(clusters, dtype=str), return_inverse=True)
+    sums = np.bincount(places, values - values.mean())
+    n = len(sums)
     if n < 2 or not values.std():
         return None
-    return float(
-        (t.ppf(localise.POWER, n - 1) + t.isf(significance.LEVEL / 2, n - 1)) * values.std(ddof=1) / np.sqrt(n)
-    )
+    error = np.sqrt((sums**2).sum() * n / (n - 1)) / len(values)
+    return float((t.ppf(localise.POWER, n - 1) + t.isf(significance.LEVEL / 2, n - 1)) * error)
 
 
-def _paired(values: np.ndarray, reference: np.ndarray, seed: int) -> dict | None:
+def _share_of(right: np.ndarray, clusters: Sequence) -> dict:
+    """``_mean`` of shares of right answers, each cluster one trial: Wilson's score interval (1927), which also near 0 and 1 is one."""
+    from scipy.stats import norm
+
+    p, n, z = float(right.mean()), len(set(clusters)), norm.isf(significance.LEVEL / 2)
+    centre = (p + z**2 / (2 * n)) / (1 + z**2 / n)
+    half = z / (1 + z**2 / n) * np.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
+    return {"value": p, "low": float(centre - half), "high": float(centre + half), "n": len(right)}  # fmt: skip
+
+
+def _paired(values: np.ndarray, reference: np.ndarray, seed: int, clusters: Sequence | None = None) -> dict | None:
     """``_mean`` of the differences, n-th couple less n-th couple."""
     n = min(len(values), len(reference))
-    return _mean(values[:n] - reference[:n], seed)
+    return _mean(values[:n] - reference[:n], seed, clusters)
 
 
 def _value(found: Mapping | None, form: str) -> str:
@@ -856,11 +909,9 @@ def _percent(found: Mapping | None) -> str:
 
 
 def _bounds(low: float | None, high: float | None, form: str = ".2f") -> str:
-    return (
-        ""
-        if low is None or high is None or np.isnan(low) or np.isnan(high)
-        else f"[{format(low, form)}, {format(high, form)}]"
-    )
+    """An interval as text; nothing if there is none. With one bound alone it has no other end."""
+    low, high = (None if bound is None or not np.isfinite(bound) else format(bound, form) for bound in (low, high))
+    return "" if low is None and high is None else f"[{low or '−∞'}, {high or '∞'}]"
 
 
 def _detected(found: Mapping | None) -> str:
@@ -869,7 +920,8 @@ def _detected(found: Mapping | None) -> str:
 
 def _unseen(found: Mapping, form: str) -> str:
     """What a null would have shown, where the interval holds 0."""
-    is_null = found["low"] is not None and found["low"] <= 0 <= found["high"]
+    low, high = found["low"], found["high"]
+    is_null = (low, high) != (None, None) and (low is None or low <= 0) and (high is None or high >= 0)
     return f"; {format(found['detectable'], form)} would have been seen" if is_null and found["detectable"] else ""
 
 
