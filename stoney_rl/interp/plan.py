@@ -106,7 +106,8 @@ def find_lexicon(path: str | None, dataset: str | None) -> list[LexiconEntry]:
         )
     found = lexicon_path(path or dataset)
     if not found.exists():
-        raise StoneyError(f"--lexicon {path}: no such file; inspect_hf_dataset.py --output_dir writes one")
+        lacking = "no such file" if str(found) == str(path) else f"no {found.name} in it"
+        raise StoneyError(f"--lexicon {path}: {lacking}; inspect_hf_dataset.py --output_dir writes one")
     return read_lexicon(found)
 
 

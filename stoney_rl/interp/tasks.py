@@ -382,7 +382,7 @@ def _replaced(ids: Sequence[int], old: tuple[int, ...], new: tuple[int, ...]) ->
 
 def _family(name: str, couples: Sequence[_Couple], wanted: int, left_out: Counter) -> Family:
     if not couples:
-        reasons = "; ".join(f"{count} {reason}" for reason, count in left_out.most_common(3)) or "too few words"
+        reasons = "; ".join(f"{count} {reason}" for reason, count in left_out.most_common(3)) or f"too few words of at most {LIMITS[-1][0]} tokens with a meaning of at most {LIMITS[-1][1]} words"
         raise StoneyError(f"{name}: no couple of prompts can be made ({reasons})")
     pairs, meanings = [], []
     for pair, known in couples:
