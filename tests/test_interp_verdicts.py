@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from stoney_rl.interp import verdicts
+from stoney_rl.interp.analysis import Measured
 from stoney_rl.interp.compare import Settings
 
 
@@ -82,6 +83,26 @@ def test_nothing_is_said_of_the_words_without_an_interval(sentence):
     assert said in sentence(natural, cut, shared(0.0, (-0.1, 0.1)))
     assert said not in sentence(natural, cut, shared(0.0, None))
     assert said not in sentence(natural, cut, shared(0.3, (0.2, 0.4)))
+
+
+def test_a_head_that_changed_less_than_between_seeds_has_not():
+    noise = np.random.default_rng(0).normal(scale=0.02, size=(12, 1, 2)).astype(np.float32)
+
+    def localised(first, second):
+        heads = noise + np.array([[first, second]], dtype=np.float32)
+        arrays = {"family/heads": heads, "family/mlps": heads[..., 0], "family/neurons": heads}
+        return {"localise": Measured(arrays=arrays)}
+
+    measured = {"earlier": localised(0, 0), "main": localised(1, 0.3), "twin": localised(1.1, 0.8)}
+    floor = verdicts._between_seeds(measured, "main", "twin", "family")
+    assert floor == pytest.approx(0.5, abs=0.01)  # the second head's; that of 'main' moved by 0.3
+    pairs = [SimpleNamespace(cluster=str(n // 2)) for n in range(24)]
+    plan = SimpleNamespace(choosing=lambda name: pairs, seed=0)
+
+    def changed(least):
+        return verdicts._units(plan, measured, None, ("earlier", "main"), "family", least)["changed"]
+
+    assert (changed(0.0), changed(floor)) == (2, 1)
 
 
 @pytest.mark.parametrize(

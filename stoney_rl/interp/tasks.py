@@ -165,6 +165,7 @@ def lexicon_facts(
     rng = random.Random(f"lexicon {seed}")
     forms = {fold(entry.form) for entry in entries}
     found: dict[str, Fact] = {}
+    taken: set[str] = set()  # keys
     for entry in entries:
         if not entry.glosses:
             continue
@@ -175,10 +176,11 @@ def lexicon_facts(
             and len(key.split()) <= limits[1]
             and not regex.search(r"[\n=]", value)
         )
-        if not plain or lexeme in found or any(fold(fact.key) == fold(key) for fact in found.values()):
+        if not plain or lexeme in found or fold(key) in taken:
             continue
         if _size(tokenizer, value) <= limits[0] and scrambled(value, tokenizer, rng, forms):
             found[lexeme] = Fact(key, value, lexeme)
+            taken.add(fold(key))
     return list(found.values())
 
 
@@ -382,7 +384,10 @@ def _replaced(ids: Sequence[int], old: tuple[int, ...], new: tuple[int, ...]) ->
 
 def _family(name: str, couples: Sequence[_Couple], wanted: int, left_out: Counter) -> Family:
     if not couples:
-        reasons = "; ".join(f"{count} {reason}" for reason, count in left_out.most_common(3)) or f"too few words of at most {LIMITS[-1][0]} tokens with a meaning of at most {LIMITS[-1][1]} words"
+        reasons = (
+            "; ".join(f"{count} {reason}" for reason, count in left_out.most_common(3))
+            or f"too few words of at most {LIMITS[-1][0]} tokens with a meaning of at most {LIMITS[-1][1]} words"
+        )
         raise StoneyError(f"{name}: no couple of prompts can be made ({reasons})")
     pairs, meanings = [], []
     for pair, known in couples:

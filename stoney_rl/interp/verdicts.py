@@ -57,6 +57,7 @@ def summarise(
     own = measured[main]
     kinds = [(main, "components"), (main, "neurons"), *((name, "components") for name in measured if name != main)]
     overlaps = {(model, kind): _overlaps(plan, measured[model]["localise"], kind) for model, kind in kinds}
+    seeds = {name: _between_seeds(measured, main, twin, name) if twin else 0.0 for name in plan.localised}
     sections = [
         fairness(plan, measured, floor, balance),
         shared_parts(plan, overlaps, floor, main),
@@ -67,7 +68,7 @@ def summarise(
         assembly(plan, own, floor),
         copying(plan, own),
         cost(plan, measured, main),
-        *(change(plan, measured, floor, changes, pair, is_floor=twin in pair) for pair in changes),
+        *(change(plan, measured, floor, changes, pair, seeds=seeds, is_floor=twin in pair) for pair in changes),
     ]
     sections = [section for section in sections if section]
     return {
@@ -614,9 +615,11 @@ def change(
     changes: Changes,
     pair: tuple[str, str],
     *,
+    seeds: Mapping[str, float],
     is_floor: bool,
 ) -> dict:
-    """What training changed from the first to the second of ``pair``; of a twin: how far two seeds of one training differ."""
+    """What training changed from the first to the second of ``pair``; of a twin: how far two seeds of one training differ. ``seeds``: of
+    each family what a head's effect must change by (``_between_seeds``)."""
     earlier, later = pair
     found, numbers, tables, answer = changes[pair], {}, [], []
     weights = found["weights"].facts
@@ -650,7 +653,11 @@ def change(
         tables.append(_table("Tokens that the mean difference raises and lowers, by layer", ["behind layer", "size", "agreement (floor)", "raised", "lowered"], [
             [row, f"{text['size'][row]:.2%}", f"{text['agreement'][row]:.0%} ({text['floor_agreement'][row]:.0%})", " ".join(map(repr, text["up"][row][:NAMED])), " ".join(map(repr, text["down"][row][:NAMED]))]
             for row in range(0, len(text["size"]), max(1, len(text["size"]) // 6))]))  # fmt: skip
-    units = {name: _units(plan, measured, floor, pair, name) for name in plan.localised if name not in CONTROLS}
+    units = {
+        name: _units(plan, measured, floor, pair, name, 0.0 if is_floor else seeds[name])
+        for name in plan.localised
+        if name not in CONTROLS
+    }
     numbers["units"] = units
     answer.append(f"Heads, {what}: " + "; ".join(_unit_sentence(name, one) for name, one in units.items()) + ".")
     numbers["behaviour"] = {}
@@ -676,14 +683,27 @@ def change(
     )  # fmt: skip
 
 
+def _between_seeds(measured: Models, main: str, twin: str, name: str) -> float:
+    """The largest difference of a head's mean effect between two seeds of one training, logits; 0 for a control, which they aren't asked."""
+    if name in CONTROLS:
+        return 0.0
+    one, other = (values_of(measured[model]["localise"], name)["heads"].mean(0) for model in (main, twin))
+    return float((one - other).abs().max())
+
+
 def _units(
-    plan: Plan, measured: Models, floor: Mapping[str, Measured] | None, pair: tuple[str, str], name: str
+    plan: Plan,
+    measured: Models,
+    floor: Mapping[str, Measured] | None,
+    pair: tuple[str, str],
+    name: str,
+    seed_floor: float,
 ) -> dict:
     before, after = (values_of(measured[model]["localise"], name) for model in pair)
     clusters = _couple_clusters(plan.choosing(name))
     least = significance.random_floor([floor["localise"].arrays[f"{name}/heads"]]) if floor else 0.0
     heads = training.unit_changes(
-        before["heads"].numpy(), after["heads"].numpy(), clusters, seed=plan.seed, floor=least
+        before["heads"].numpy(), after["heads"].numpy(), clusters, seed=plan.seed, floor=least, seed_floor=seed_floor
     )
     neurons = training.top_shared(before["neurons"], after["neurons"], clusters, seed=plan.seed)
     parts = [set(localise.strongest(values, KINDS["components"])) for values in (before, after)]
