@@ -42,6 +42,7 @@ def test_what_would_have_been_seen_counts_clusters():
         (-0.1, None, "[-0.10, ∞]", True),
         (None, -0.1, "[−∞, -0.10]", False),
         (None, None, "", False),
+        (-0.001, 0.2, "[0.00, 0.20]", True),
     ],
 )
 def test_intervals_without_an_end(low, high, bounds, is_null):

@@ -929,8 +929,10 @@ def _percent(found: Mapping | None) -> str:
 
 
 def _bounds(low: float | None, high: float | None, form: str = ".2f") -> str:
-    """An interval as text; nothing if there is none. With one bound alone it has no other end."""
-    low, high = (None if bound is None or not np.isfinite(bound) else format(bound, form) for bound in (low, high))
+    """An interval as text, no -0 in it; nothing if there is none. With one bound alone it has no other end."""
+    low, high = (
+        None if bound is None or not np.isfinite(bound) else format(bound, f"z{form}") for bound in (low, high)
+    )
     return "" if low is None and high is None else f"[{low or '−∞'}, {high or '∞'}]"
 
 
