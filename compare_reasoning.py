@@ -202,7 +202,7 @@ def main(argv: list[str] | None = None) -> None:
         open_random = functools.cache(lambda: hooked.random_hooked(open_hooked(main_name), args.seed))
         floor = {}
         for few, wanted in compare.floor_tasks(plan):
-            floor |= analysis.measure_model(folder / "random weights", wanted, few, open_random, table=compare.TASKS)
+            floor |= analysis.measure_model(folder / opening.RANDOM, wanted, few, open_random, table=compare.TASKS)
     open_hooked.cache_clear()
     changes = {
         pair: compare.measure_change(folder / "changes", plan, open_plain, open_hooked, *pair)

@@ -15,7 +15,7 @@ from stoney_rl.errors import StoneyError
 from stoney_rl.interp import analysis, compare, opening, report
 
 LEXICON = "data/planted/lexicon.jsonl"  # an invented language
-SECTIONS = {"fairness", "overlap", "needed", "depth", "cost", "copying", "change-base-tuned", "change-tuned-twin"}
+SECTIONS = {"fairness", "overlap", "needed", "depth", "cost", "copying", "change-1-base-tuned", "change-2-tuned-twin"}
 
 
 @pytest.fixture(autouse=True)
@@ -78,6 +78,12 @@ def test_writes_a_summary_a_page_and_numbers_for_every_question(compared):
         assert all(len(row) == len(table["columns"]) for table in one["tables"] for row in table["rows"])
     text = (compared / "summary.txt").read_text()
     assert "nan" not in text and "None" not in text and "{" not in text
+    tables = {table["caption"]: table for table in section(compared, "overlap")["tables"]}
+    strongest = dict(tables["tuned: the strongest heads and MLPs, by layer"]["rows"])
+    kept = analysis.read_task(compared / runs.MEASURED / "models/tuned", "localise")
+    heads = kept.arrays["english/heads"].mean(0)
+    best = np.unravel_index(np.abs(heads).argmax(), heads.shape)
+    assert strongest["English"] in (f"head {best[0]}.{best[1]}", *(f"MLP {layer}" for layer in range(2)))
 
 
 def test_the_page_has_the_comparison_and_asks_for_nothing(compared):
@@ -88,7 +94,7 @@ def test_the_page_has_the_comparison_and_asks_for_nothing(compared):
 
 
 def test_identical_checkpoints_differ_by_exactly_nothing(compared):
-    numbers = section(compared, "change-tuned-twin")["numbers"]
+    numbers = section(compared, "change-2-tuned-twin")["numbers"]
     assert all(group["share"] == 0 and group["changed"] == 0 for group in numbers["by_layer"].values())
     assert not any(numbers["representation"]["mean"])
     assert all(one["value"] == 0 for one in numbers["behaviour"].values())
@@ -102,7 +108,7 @@ def test_identical_checkpoints_differ_by_exactly_nothing(compared):
 
 
 def test_other_checkpoints_differ(compared):
-    numbers = section(compared, "change-base-tuned")["numbers"]
+    numbers = section(compared, "change-1-base-tuned")["numbers"]
     assert sum(group["changed"] for group in numbers["by_layer"].values()) > 10
     assert max(numbers["representation"]["mean"]) > 0.1
 
@@ -208,6 +214,10 @@ def test_what_can_not_be_compared_is_refused_before_anything_is_measured(models,
         compare_reasoning.main(["--model_path", str(models / "tuned"), "--compare", str(deep), *given])
     with pytest.raises(StoneyError, match="gemma: a norm stands behind attention and MLP"):
         compare_reasoning.main(["--model_path", str(gemma), *given])
+    with pytest.raises(StoneyError, match="gemma has gemma2 as architecture, tuned llama"):
+        compare_reasoning.main(["--model_path", str(models / "tuned"), "--compare", str(gemma), *given])
+    with pytest.raises(StoneyError, match="'random weights' is what the floor is called; rename the folder"):
+        compare_reasoning.main(["--model_path", str(tmp_path / "random weights"), *given])
     assert {path.name for path in tmp_path.iterdir()} == {"deep", "gemma"}
 
 
@@ -294,6 +304,8 @@ def test_a_folder_that_is_no_comparison_is_not_overwritten(models, tmp_path):
     with pytest.raises(StoneyError, match="is not a comparison; choose another --output_dir"):
         compare_reasoning.main(arguments(models, kept, "--overwrite"))
     assert (kept / "thesis.txt").read_text() == "years of work"
+    (tmp_path / "empty").mkdir()
+    assert opening.stage_at(tmp_path / "empty", "comparison", "is not a comparison", overwrite=True) == {}
 
 
 def test_the_parser_knows_what_the_benchmark_has():
@@ -309,6 +321,6 @@ def test_a_family_that_is_too_small_is_refused_before_anything_is_measured(model
     own.write_text("\n".join(json.dumps(line | {"clean": f"{n} =", "cluster": str(n)}) for n in range(3)))
     monkeypatch.setattr(opening, "open_hooked", lambda *_: pytest.fail("opened a model"))
     given = ["--model_path", str(models / "tuned"), "--families", "arithmetic", "--pairs_file", str(own)]
-    with pytest.raises(StoneyError, match="few: 3 couples; 8 at least are needed"):
+    with pytest.raises(StoneyError, match="few: couples of 3 clusters; 8 at least are needed"):
         compare_reasoning.main([*given, "--output_dir", str(tmp_path / "out")])
     assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()

@@ -147,7 +147,7 @@ def check_sizes(families: Mapping[str, Family]) -> None:
     for name, family in families.items():
         if len(set(family.clusters)) < FEWEST:
             raise StoneyError(
-                f"{name}: {len(set(family.clusters))} couples; {FEWEST} at least are needed, to choose parts on one half and report on the other"
+                f"{name}: couples of {len(set(family.clusters))} clusters; {FEWEST} at least are needed, to choose parts on one half and report on the other"
             )
 
 

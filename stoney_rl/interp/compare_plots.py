@@ -6,7 +6,7 @@ depth         log-probability of the answer and entropy, layer by layer
 pivot         English meaning and answer among the guesses, layer by layer
 assembly      words told from scrambled doubles, layer by layer
 copying       which heads look at what is copied
-change-<a>-<b>  what training changed, layer by layer, and which parts of it bring back the behaviour
+change-<n>-<a>-<b>  what training changed, layer by layer, and which parts of it bring back the behaviour
 """
 
 import re

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from stoney_rl.interp.hooked import HookedModel
 
 
+RANDOM = "random weights"  # what tables call the floor
+
+
 def find_models(given: Iterable[tuple[str, str]]) -> dict[str, ModelSource]:
     """The models by the name that tables use, from (flag, path or hub id); 'base': what the first one was trained from.
 
@@ -32,6 +35,8 @@ def find_models(given: Iterable[tuple[str, str]]) -> dict[str, ModelSource]:
             if path is None:
                 raise StoneyError(f"{flag} base: {first.name} does not say what it was trained from; name the model")
         name = short_name(path)
+        if name == RANDOM:
+            raise StoneyError(f"{flag} {asked}: {RANDOM!r} is what the floor is called; rename the folder")
         if name in sources:
             raise StoneyError(f"{flag} {asked}: a second model called {name}; give each folder its own name")
         sources[name] = find_model(path)
@@ -82,7 +87,8 @@ def stage_at(output: Path, stage: str, refusal: str, *, overwrite: bool) -> dict
     if output.exists() and not output.is_dir():
         raise StoneyError(f"--output_dir {output}: a file; name a directory")
     earlier = (checkpoints.read_stage(output) or {}) if output.is_dir() else {}
-    if overwrite and output.exists() and earlier.get("stage") != stage:
+    is_ours = earlier.get("stage") == stage or not output.exists() or not any(output.iterdir())
+    if overwrite and not is_ours:
         raise StoneyError(f"--overwrite: {output} {refusal}; choose another --output_dir")
     return earlier
 
@@ -130,7 +136,9 @@ def check_shapes(sources: Mapping[str, ModelSource]) -> None:
         config = read_config(source.base or source.name, source.revision).get_text_config()
         sizes = {"layers": "num_hidden_layers", "heads": "num_attention_heads", "numbers in a stream": "hidden_size",
                  "neurons a layer": "intermediate_size"}  # fmt: skip
-        shapes[name] = {what: getattr(config, key, None) for what, key in sizes.items()}
+        shapes[name] = {"as architecture": config.model_type} | {
+            what: getattr(config, key, None) for what, key in sizes.items()
+        }
     (first, expected), *others = shapes.items()
     for name, shape in others:
         for what, size in shape.items():

@@ -19,8 +19,9 @@ import numpy as np
 from stoney_rl.interp import changes as training
 from stoney_rl.interp import localise, significance
 from stoney_rl.interp.analysis import Measured
-from stoney_rl.interp.compare import KINDS, Plan, losses_of, values_of
-from stoney_rl.interp.tasks import BALANCED, CONTROLS, FAMILIES, UNBALANCED
+from stoney_rl.interp.compare import KINDS, Plan, losses_of, sets_of, values_of
+from stoney_rl.interp.opening import RANDOM
+from stoney_rl.interp.tasks import ALIGNED, BALANCED, CONTROLS, FAMILIES, UNBALANCED
 
 Models = Mapping[str, Mapping[str, Measured]]
 Changes = Mapping[tuple[str, str], Mapping[str, Measured]]
@@ -60,7 +61,7 @@ def summarise(
     seeds = {name: _between_seeds(measured, main, twin, name) if twin else 0.0 for name in plan.localised}
     sections = [
         fairness(plan, measured, floor, balance),
-        shared_parts(plan, overlaps, floor, main),
+        shared_parts(plan, overlaps, sets_of(own["localise"], plan.localised, "components"), floor, main),
         needed_parts(plan, own),
         tokens_or_language(overlaps[main, "components"]),
         depth(plan, measured, main),
@@ -68,7 +69,10 @@ def summarise(
         assembly(plan, own, floor),
         copying(plan, own),
         cost(plan, measured, main),
-        *(change(plan, measured, floor, changes, pair, seeds=seeds, is_floor=twin in pair) for pair in changes),
+        *(
+            change(plan, measured, floor, changes, pair, number=number, seeds=seeds, is_floor=twin in pair)
+            for number, pair in enumerate(changes, start=1)
+        ),
     ]
     sections = [section for section in sections if section]
     return {
@@ -87,7 +91,7 @@ def summarise(
 
 def fairness(plan: Plan, measured: Models, floor: Mapping[str, Measured] | None, balance: Sequence[Mapping]) -> dict:
     rows, numbers = [], {}
-    models = dict(measured) | ({"random weights": floor} if floor else {})
+    models = dict(measured) | ({RANDOM: floor} if floor else {})
     for name in plan.families:
         cells = []
         for model, tasks in models.items():
@@ -105,7 +109,8 @@ def fairness(plan: Plan, measured: Models, floor: Mapping[str, Measured] | None,
         if shift is not None and abs(shift) > UNBALANCED
     ]
     pairs = " and ".join(str(n) for n in sorted({len(family.pairs) for family in plan.families.values()}))
-    matched = [_label(name) for name in plan.families if name in MATCHED and name != plan.reference]
+    matched = [_label(name) for name in plan.families if name in MATCHED and name not in (plan.reference, *ALIGNED)]
+    aligned = [_label(name) for name in plan.families if name in ALIGNED]
     own = [_label(name) for name in plan.families if name not in MATCHED]
     answer = [
         f"Fair? {_count(len(plan.families), 'family', 'families')} of {pairs} pairs."
@@ -114,6 +119,7 @@ def fairness(plan: Plan, measured: Models, floor: Mapping[str, Measured] | None,
             if matched
             else ""
         )
+        + (f" {_listed(aligned)[:1].upper()}{_listed(aligned)[1:]} have the lexicon's own prompts." if aligned else "")
         + (f" Not matched, as they are your own: {_listed(own)}." if own else "")
         + (
             f" More than {UNBALANCED} standard deviations apart remain: {'; '.join(off)}."
@@ -152,8 +158,14 @@ def fairness(plan: Plan, measured: Models, floor: Mapping[str, Measured] | None,
     )  # fmt: skip
 
 
-def shared_parts(plan: Plan, overlaps: Mapping, floor: Mapping[str, Measured] | None, main: str) -> dict | None:
-    """Overlap of the strongest parts, (model, kind) -> that of every two families."""
+def shared_parts(
+    plan: Plan,
+    overlaps: Mapping,
+    strongest: Mapping[str, localise.PartSet],
+    floor: Mapping[str, Measured] | None,
+    main: str,
+) -> dict | None:
+    """Overlap of the strongest parts, (model, kind) -> that of every two families; the main model's ``strongest`` themselves."""
     names, numbers, tables, answer = plan.localised, {}, [], []
     if len(names) < 2:
         return None
@@ -165,7 +177,7 @@ def shared_parts(plan: Plan, overlaps: Mapping, floor: Mapping[str, Measured] | 
         rows = [
             [
                 f"{_label(a)}, {_label(b)}", f"{one.share:.2f} {_bounds(*one.share_interval or (None, None))}", f"{one.chance:.2f}", f"{one.p:.2g}",
-                f"{one.ceiling:.2f}", f"{one.missing:+.2f} {_bounds(*one.missing_interval or (None, None))}", f"{one.correlation:.2f}",
+                f"{one.halves:.2f}", f"{one.ceiling:.2f}", f"{one.missing:+.2f} {_bounds(*one.missing_interval or (None, None))}", f"{one.correlation:.2f}",
                 f"{base[a, b]:.2f}" if (a, b) in base else "–",
             ]
             for (a, b), one in found.items()
@@ -173,10 +185,12 @@ def shared_parts(plan: Plan, overlaps: Mapping, floor: Mapping[str, Measured] | 
         k = next(iter(found.values())).k
         tables.append(_table(
             f"{model}: share of the {k} strongest {'heads and MLPs' if kind == 'components' else 'neurons'} that two families have in common; in brackets how far other couples would move it",
-            ["families", "shared", "chance", "p", "same family, other pairs", "missing to that", "correlation of all", "random weights"], rows,
+            ["families", "shared", "chance", "p", "halves of the two", "halves of one", "missing to that", "correlation of all", RANDOM], rows,
         ))  # fmt: skip
         if model == main:
             answer += _overlap_sentence(plan, found, kind, k)
+    tables.append(_table(f"{main}: the strongest heads and MLPs, by layer", ["family", "parts"],
+                         [[_label(name), _part_names(parts, len(parts))] for name, parts in strongest.items()]))  # fmt: skip
     return _section(
         "overlap", "Do they use the same parts?", answer, tables=tables, numbers=numbers,
         tells="whether the parts that matter most for one family matter most for another: between what chance gives and what other pairs of one family give.",
@@ -246,9 +260,9 @@ def needed_parts(plan: Plan, own: Mapping[str, Measured]) -> dict | None:
             [[_label(a), *(_cell(cells[a, b]) for b in names)] for a in names],
         ))  # fmt: skip
         tables.append(_table(
-            f"Interaction ({what}): what each loses more without its own than without the other's", ["families", "interaction", "q", f"floor: random sets, 95 %; {localise.SMALLEST} at least", "found", "would have been seen"],
-            [[f"{_label(a)}, {_label(b)}", *(["no gap", "", "", "", ""] if one is None else [
-                f"{one.value:+.3f} {_bounds(one.low, one.high)}", _number(one.q), f"{one.floor:.3f}", "yes" if one.found else "no", _number(one.detectable)])]
+            f"Interaction ({what}): what each loses more without its own than without the other's, and the sum of both", ["families", "first, second", "interaction", "q", f"floor: random sets, 95 %; {localise.SMALLEST} at least", "found", "would have been seen"],
+            [[f"{_label(a)}, {_label(b)}", *(["", "no gap", "", "", "", ""] if one is None else [
+                f"{one.a:+.2f}, {one.b:+.2f}", f"{one.value:+.3f} {_bounds(one.low, one.high)}", _number(one.q), f"{one.floor:.3f}", "yes" if one.found else "no", _number(one.detectable)])]
              for (a, b), one in crossed.items()],
         ))  # fmt: skip
         left_out = _part_names(own[task].facts["common"])
@@ -275,13 +289,13 @@ def needed_parts(plan: Plan, own: Mapping[str, Measured]) -> dict | None:
     )  # fmt: skip
 
 
-def _part_names(parts: Sequence[Sequence]) -> str:
+def _part_names(parts: Sequence[Sequence], most: int = NAMED) -> str:
     named = [
         f"MLP {layer}" if kind == "mlps" else f"{kind.removesuffix('s')} {layer}.{index}"
         for kind, layer, index in parts
     ]
-    more = f" and {len(named) - NAMED} more" if len(named) > NAMED else ""
-    return ", ".join(named[:NAMED]) + more
+    more = f" and {len(named) - most} more" if len(named) > most else ""
+    return ", ".join(named[:most]) + more
 
 
 def _interaction_sentence(plan: Plan, crossed: Mapping, what: str) -> str:
@@ -323,7 +337,8 @@ def tokens_or_language(found: Mapping) -> dict | None:
     if natural.missing_interval and cut.missing_interval:
         apart = cut.missing_interval[1] < natural.missing_interval[0]
         moved = (
-            ": cut English is nearer to the lexicon, so the difference goes with the tokens, not with the language" if apart and cut.missing_interval[0] <= 0
+            f": cut English is nearer to the lexicon, so the difference goes with the tokens; nothing more is found, where {cut.missing_interval[1]:.0%} may be left"
+            if apart and cut.missing_interval[0] <= 1e-6
             else f": cut English is nearer to the lexicon, so a part of the difference goes with the tokens; {cut.missing:.0%} is left" if apart
             else f": {'nearer, but ' if cut.missing < natural.missing else ''}not apart by more than these pairs can show"
         )  # fmt: skip
@@ -336,7 +351,7 @@ def tokens_or_language(found: Mapping) -> dict | None:
         is_same = scrambled.missing_interval is not None and scrambled.missing_interval[0] <= 0
         sentence += (
             f" With the letters of its words scrambled the lexicon keeps {scrambled.share:.0%} of them ({_missing(scrambled)} missing)"
-            + (": that they are words of the language shows nowhere in this." if is_same else ".")
+            + (": which parts are used does not show that they are words of the language." if is_same else ".")
         )
     table = [
         [f"{_label(a)}, {_label(b)}", f"{each.share:.2f}", f"{each.missing:+.2f} {_bounds(*each.missing_interval or (None, None))}", f"{each.correlation:.2f}"]
@@ -381,7 +396,7 @@ def depth(plan: Plan, measured: Models, main: str) -> dict:
         first = _value(numbers[task][plan.reference]["depth"], ".1f")
         answer.append(
             f"When? By the {lens} the answer stays ahead from layer {first} of {layers} on for {_label(plan.reference)}; "
-            f"{'; '.join(parts)} (in brackets: how much later than the reference, couple by couple)."
+            f"{'; '.join(parts) or 'no other family was matched'} (in brackets: how much later than the reference, couple by couple)."
         )
         tables.append(_table(
             f"{lens}: first layer from which on the answer is likelier than the wrong one, mean over couples that end right",
@@ -459,7 +474,7 @@ def pivot(plan: Plan, own: Mapping[str, Measured]) -> dict | None:
         tables=[_table("English meaning among the guesses, mean over the second half of the layers", ["family", "strongest at layer", "probability above the other word's", "beyond English", "would have been seen"], rows)],
         numbers={"peaks": numbers, "curves": curves},
         tells="whether, before it writes a word of the language, the model holds its English meaning likely at middle layers, more than an English prompt makes it.",
-        cannot="more than that: repetition of the word in the prompt looks the same, and what the lens can't read is not seen.",
+        cannot="more than that: the mean holds layers in which the English family says its own answer, so a passage of a few layers shows in the picture alone, without an interval; repetition of the word in the prompt looks the same, and what the lens can't read is not seen.",
         source="Wendler et al. (2402.10588, figures 2 to 4): they use prompts without the English word and one-token words; with five tokens a word that can't be had, so the English family is the control. Semantic hub: 2411.04986, figure 2.",
     )  # fmt: skip
 
@@ -615,6 +630,7 @@ def change(
     changes: Changes,
     pair: tuple[str, str],
     *,
+    number: int,
     seeds: Mapping[str, float],
     is_floor: bool,
 ) -> dict:
@@ -676,7 +692,7 @@ def change(
     tables.append(_table("Logit difference of the families, later minus earlier", ["family", "change", "would have been seen"],
                          [[_label(name), _value(one, "+.2f"), _number(one["detectable"])] for name, one in numbers["behaviour"].items()]))  # fmt: skip
     return _section(
-        f"change-{earlier}-{later}", f"What changed from {earlier} to {later}?" if not is_floor else f"How far do two seeds differ: {earlier}, {later}?", answer, tables=tables, numbers=numbers,
+        f"change-{number}-{earlier}-{later}", f"What changed from {earlier} to {later}?" if not is_floor else f"How far do two seeds differ: {earlier}, {later}?", answer, tables=tables, numbers=numbers,
         tells="where weights, representations and effects differ between two checkpoints, and which parts of the weights carry what the later one does better.",
         cannot="what another seed would give, unless a twin is compared: read each number beside the twin's. CKA is led by a few huge directions; a small number is not no change.",
         source="Mean differences: Minder et al. (2510.13900); moving weights: Panigrahi et al. (2302.06600); CKA: 1905.00414; effective rank: Roy and Vetterli 2007.",
