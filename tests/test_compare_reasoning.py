@@ -304,7 +304,10 @@ def test_a_folder_that_is_no_comparison_is_not_overwritten(models, tmp_path):
     with pytest.raises(StoneyError, match="is not a comparison; choose another --output_dir"):
         compare_reasoning.main(arguments(models, kept, "--overwrite"))
     assert (kept / "thesis.txt").read_text() == "years of work"
-    (tmp_path / "empty").mkdir()
+    for name in ("empty", "record lost/measured"):
+        (tmp_path / name).mkdir(parents=True)
+    checkpoints.write_json(tmp_path / "record lost/identity.json", {})
+    assert opening.stage_at(tmp_path / "record lost", "comparison", "is not a comparison", overwrite=True) == {}
     assert opening.stage_at(tmp_path / "empty", "comparison", "is not a comparison", overwrite=True) == {}
 
 

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from stoney_rl import checkpoints
+from stoney_rl import checkpoints, runs
 from stoney_rl.errors import StoneyError
 from stoney_rl.metrics.systems import base_of, describe, short_name
 from stoney_rl.models import ModelSource, find_model, resolve_unpublished
@@ -87,8 +87,9 @@ def stage_at(output: Path, stage: str, refusal: str, *, overwrite: bool) -> dict
     if output.exists() and not output.is_dir():
         raise StoneyError(f"--output_dir {output}: a file; name a directory")
     earlier = (checkpoints.read_stage(output) or {}) if output.is_dir() else {}
-    is_ours = earlier.get("stage") == stage or not output.exists() or not any(output.iterdir())
-    if overwrite and not is_ours:
+    names = {path.name for path in output.iterdir()} if output.exists() else set()
+    lost_record = not earlier and {runs.IDENTITY_FILE, runs.MEASURED} <= names
+    if overwrite and names and earlier.get("stage") != stage and not lost_record:
         raise StoneyError(f"--overwrite: {output} {refusal}; choose another --output_dir")
     return earlier
 
