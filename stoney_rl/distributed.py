@@ -196,7 +196,9 @@ def connect(args: "argparse.Namespace") -> None:
 
 def leave(code: int | None) -> None:
     """Part from the other processes before this one ends with ``code``: connections that are torn down with the
-    interpreter can abort it, and then the code is lost. After a failure NCCL is left alone, which would wait for the rest.
+    interpreter can abort it, and then the code is lost. After a failure NCCL is left alone, which would wait for the rest,
+    and processes other than the main one, which has W&B's run to end, end here: taking connections down can abort them too
+    where the other side has gone.
     """
     if "RANK" not in os.environ or "torch" not in sys.modules:
         return
@@ -204,6 +206,10 @@ def leave(code: int | None) -> None:
 
     if not distributed.is_available() or not distributed.is_initialized():
         return
+    if code and not is_main():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
     if not code or distributed.get_backend() == "gloo":
         distributed.destroy_process_group()
 
