@@ -165,7 +165,7 @@ def main(argv: list[str] | None = None) -> None:
             print(f"{output}/: compared with these settings already (--overwrite compares again)")
             return
         print(f"{output}/: {', '.join(missing)} missing; written again, from what is in {runs.MEASURED}/")
-        runs.reopen(output, identity)
+        runs.reopen(output)
 
     @functools.lru_cache(maxsize=2)  # two are needed at once, where one is compared with the next
     def open_hooked(name: str):

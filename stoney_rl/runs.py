@@ -163,9 +163,9 @@ def open_partial(output: Path, identity: dict, *, resume: bool, overwrite: bool)
     return partial
 
 
-def reopen(output: Path, identity: dict) -> None:
-    """Make a finished ``output`` that lost files the unfinished run that it was, with what it holds."""
-    checkpoints.write_json(output / IDENTITY_FILE, identity)
+def reopen(output: Path) -> None:
+    """Make a finished ``output`` that lost files the unfinished run that it was, with what it holds. Raises ``StoneyError`` where
+    another one has that place."""
     partial = partial_directory(output)
     if partial.exists():
         raise StoneyError(f"{output}: incomplete, and {partial} is there too; remove one of them")

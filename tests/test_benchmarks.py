@@ -389,6 +389,12 @@ def test_what_interp_compares_must_be_there(tmp_path):
 # compare.py
 
 
+def test_random_sets_are_measured_in_as_many_pairs_as_in_the_stage():
+    from stoney_rl.interp.compare import FULL
+
+    assert FULL.few == compare.FEW
+
+
 def test_growth_by_hand():
     plans = compare.plans_of([2, 3, 4], [8, 16], [4])
     assert [tuple(plan.values()) for plan in plans] == [(2, 8, 4), (3, 8, 4), (4, 8, 4), (2, 16, 4), (3, 16, 4)]

@@ -226,12 +226,12 @@ def values_of(measured: Measured, family: str) -> dict[str, torch.Tensor]:
 
 def measure_knockout(model: HookedModel, plan: Plan, done: dict[str, Measured]) -> Measured:
     """Controls that have the lexicon's own prompts are left out."""
-    return _knocked_out(model, plan, done, "components", _without(plan.localised, ALIGNED))
+    return _knocked_out(model, plan, done, "components", knocked_out(plan, "knockout"))
 
 
 def measure_knockout_neurons(model: HookedModel, plan: Plan, done: dict[str, Measured]) -> Measured:
     """Controls are left out, as heads and MLPs are asked about them."""
-    return _knocked_out(model, plan, done, "neurons", _without(plan.localised, CONTROLS))
+    return _knocked_out(model, plan, done, "neurons", knocked_out(plan, "knockout_neurons"))
 
 
 def _knocked_out(
@@ -406,21 +406,21 @@ TASKS = {
     "patching": measure_patching,
     "tuned": measure_tuned,
 }
-# Which families are not knocked out; with fewer than two others there is nothing to compare.
-KNOCKED_OUT = {"knockout": ALIGNED, "knockout_neurons": CONTROLS}
+SPARED = {"knockout": ALIGNED, "knockout_neurons": CONTROLS}  # families that are not knocked out
 MAIN_ONLY = ("copying", "guesses", "knockout", "knockout_neurons", "patching", "tuned")
 
 
 def tasks_of(plan: Plan, *, is_main: bool) -> list[str]:
     """The tasks of the model that is asked about, or of another one."""
     left_out = {*plan.settings.left_out, *(() if is_main else MAIN_ONLY)}
-    left_out |= {task for task, left_alone in KNOCKED_OUT.items() if len(_without(plan.localised, left_alone)) < 2}
+    left_out |= {task for task in SPARED if len(knocked_out(plan, task)) < 2}  # nothing to compare
     left_out |= {"tuned"} if len(plan.texts) < 8 else set()
     return [name for name in TASKS if name not in left_out]
 
 
-def _without(names: Sequence[str], left_alone: Sequence[str]) -> list[str]:
-    return [name for name in names if name not in left_alone]
+def knocked_out(plan: Plan, task: str) -> list[str]:
+    """The families whose parts a task of SPARED takes away."""
+    return [name for name in plan.localised if name not in SPARED[task]]
 
 
 def floor_tasks(plan: Plan) -> list[tuple[Plan, Sequence[str]]]:

@@ -17,6 +17,11 @@ if TYPE_CHECKING:
 
 
 RANDOM = "random weights"  # what tables call the floor
+# What two models must have alike: in words, and in a config.
+SHAPE = {
+    "as architecture": "model_type", "layers": "num_hidden_layers", "heads": "num_attention_heads",
+    "numbers in a stream": "hidden_size", "neurons a layer": "intermediate_size",
+}  # fmt: skip
 
 
 def find_models(given: Iterable[tuple[str, str]]) -> dict[str, ModelSource]:
@@ -135,11 +140,7 @@ def check_shapes(sources: Mapping[str, ModelSource]) -> None:
     shapes = {}
     for name, source in sources.items():
         config = read_config(source.base or source.name, source.revision).get_text_config()
-        sizes = {"layers": "num_hidden_layers", "heads": "num_attention_heads", "numbers in a stream": "hidden_size",
-                 "neurons a layer": "intermediate_size"}  # fmt: skip
-        shapes[name] = {"as architecture": config.model_type} | {
-            what: getattr(config, key, None) for what, key in sizes.items()
-        }
+        shapes[name] = {what: getattr(config, key, None) for what, key in SHAPE.items()}
     (first, expected), *others = shapes.items()
     for name, shape in others:
         for what, size in shape.items():

@@ -58,7 +58,8 @@ def summarise(
     own = measured[main]
     kinds = [(main, "components"), (main, "neurons"), *((name, "components") for name in measured if name != main)]
     overlaps = {(model, kind): _overlaps(plan, measured[model]["localise"], kind) for model, kind in kinds}
-    seeds = {name: _between_seeds(measured, main, twin, name) if twin else 0.0 for name in plan.localised}
+    asked = [name for name in plan.localised if name not in CONTROLS]  # of all models
+    seeds = {name: _between_seeds(measured, main, twin, name) if twin else 0.0 for name in asked}
     sections = [
         fairness(plan, measured, floor, balance),
         shared_parts(plan, overlaps, sets_of(own["localise"], plan.localised, "components"), floor, main),
@@ -234,9 +235,9 @@ def _overlap_sentence(plan: Plan, found: Mapping, kind: str, k: int) -> list[str
             parts.append(
                 f"{one.share * k:.0f} with {_label(other)} (chance {one.chance * k:.1f}; {verdict}: {one.missing:+.0%} {_bounds(*one.missing_interval or (None, None), '.0%')} missing)"
             )
-    return [f"Same {what}? Of the {k} strongest for {_label(plan.reference)}, it shares {'; '.join(parts)}."] * bool(
-        parts
-    )
+    if not parts:
+        return []
+    return [f"Same {what}? Of the {k} strongest for {_label(plan.reference)}, it shares {'; '.join(parts)}."]
 
 
 def needed_parts(plan: Plan, own: Mapping[str, Measured]) -> dict | None:
@@ -670,9 +671,7 @@ def change(
             [row, f"{text['size'][row]:.2%}", f"{text['agreement'][row]:.0%} ({text['floor_agreement'][row]:.0%})", " ".join(map(repr, text["up"][row][:NAMED])), " ".join(map(repr, text["down"][row][:NAMED]))]
             for row in range(0, len(text["size"]), max(1, len(text["size"]) // 6))]))  # fmt: skip
     units = {
-        name: _units(plan, measured, floor, pair, name, 0.0 if is_floor else seeds[name])
-        for name in plan.localised
-        if name not in CONTROLS
+        name: _units(plan, measured, floor, pair, name, 0.0 if is_floor else least) for name, least in seeds.items()
     }
     numbers["units"] = units
     answer.append(f"Heads, {what}: " + "; ".join(_unit_sentence(name, one) for name, one in units.items()) + ".")
@@ -700,9 +699,7 @@ def change(
 
 
 def _between_seeds(measured: Models, main: str, twin: str, name: str) -> float:
-    """The largest difference of a head's mean effect between two seeds of one training, logits; 0 for a control, which they aren't asked."""
-    if name in CONTROLS:
-        return 0.0
+    """The largest difference of a head's mean effect between two seeds of one training, logits."""
     one, other = (values_of(measured[model]["localise"], name)["heads"].mean(0) for model in (main, twin))
     return float((one - other).abs().max())
 
@@ -923,7 +920,7 @@ def _share_of(right: np.ndarray, clusters: Sequence) -> dict:
     p, n, z = float(right.mean()), len(set(clusters)), norm.isf(significance.LEVEL / 2)
     centre = (p + z**2 / (2 * n)) / (1 + z**2 / n)
     half = z / (1 + z**2 / n) * np.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
-    return {"value": p, "low": float(centre - half), "high": float(centre + half), "n": len(right)}  # fmt: skip
+    return {"value": p, "low": float(centre - half), "high": float(centre + half), "n": len(right)}
 
 
 def _paired(values: np.ndarray, reference: np.ndarray, seed: int, clusters: Sequence | None = None) -> dict | None:
